@@ -1,0 +1,7 @@
+"""jaxgpt: train, fine-tune, evaluate and sample GPT-2 in JAX."""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Entry points print it as one line, `error: …`, and exit with status 2."""

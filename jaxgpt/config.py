@@ -1,0 +1,243 @@
+"""Every key with its default; presets, command-line overrides and one-line errors for the user's mistakes."""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from jaxgpt import UserError
+
+
+# layers, heads, width of OpenAI's four releases; each has block_size 1024, vocabulary 50257 and biases
+GPT2_SIZES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+def default_config() -> ConfigDict:
+    """All keys with their defaults, locked: an unknown key is an error. nanoGPT's names and values where it has them."""
+    c = ConfigDict()
+    # run
+    c.out_dir = "out"
+    c.init_from = "scratch"  # scratch | resume | auto | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a folder
+    c.seed = 1337
+    c.eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
+    c.eval_iters = 200  # batches in each evaluation's estimate
+    c.eval_only = False  # evaluate once and stop
+    c.eval_tasks = ""  # also score these at each evaluation: hellaswag=FILE
+    c.always_save_checkpoint = True  # False: only when the validation loss improves
+    c.keep_checkpoints = 2  # the newest N are kept, and the best one
+    c.log_interval = 1
+    c.tensorboard_log = False  # also write TensorBoard events into out_dir
+    c.wandb_log = False
+    c.wandb_project = "jaxgpt"
+    c.wandb_run_name = "gpt2"
+    # data
+    c.dataset = "openwebtext"  # a name under data/, or a mixture: a:0.7,b:0.3
+    c.data_dir = ""  # where train.bin and val.bin are; empty: data/<dataset>
+    c.data_order = "shuffle"  # shuffle: every window once an epoch | random: with replacement, as nanoGPT
+    c.doc_mask = False  # attention does not cross the end-of-text token
+    c.batch_size = 12  # sequences per micro-step and data shard
+    c.gradient_accumulation_steps = 40  # micro-steps per optimizer step, counted over all data shards
+    c.block_size = 1024
+    # model
+    c.n_layer = 12
+    c.n_head = 12
+    c.n_embd = 768
+    c.dropout = 0.0
+    c.bias = False
+    # optimizer
+    c.learning_rate = 6e-4
+    c.max_iters = 600_000  # optimizer steps in the whole run
+    c.weight_decay = 1e-1
+    c.beta1 = 0.9
+    c.beta2 = 0.95
+    c.grad_clip = 1.0  # global norm; 0 disables
+    c.decay_lr = True  # False: a constant learning rate from the first step
+    c.lr_schedule = "cosine"  # after warm-up: cosine (to min_lr) | constant
+    c.warmup_iters = 2000
+    c.lr_decay_iters = 600_000
+    c.min_lr = 6e-5
+    # hardware
+    c.dtype = "auto"  # auto (bfloat16 where it is fast) | bfloat16 | float16 | float32
+    c.attention = "auto"  # auto | cudnn | xla
+    c.kernels = "auto"  # the GPU kernels in jaxgpt/ops: auto | on | off
+    c.accumulation = "auto"  # auto | multisteps (optax.MultiSteps) | sum
+    c.remat = "none"  # none | block: recompute each block in the backward pass to save memory
+    c.mesh_data = -1  # devices over which the batch is split; -1: what is left
+    c.mesh_fsdp = 1  # devices over which parameters and optimizer state are split too
+    c.mesh_tensor = 1  # devices over which each layer is split
+    c.steps_per_call = 0  # optimizer steps in one call of the compiled function; 0: chosen by the model's size
+    # reliability
+    c.max_bad_steps = 10  # stop after this many non-finite steps in a row
+    c.stall_timeout = 1800.0  # seconds without a finished step before the run ends itself; 0 disables
+    return c.lock()
+
+
+CHOICES = {
+    "data_order": ("shuffle", "random"),
+    "lr_schedule": ("cosine", "constant"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "attention": ("auto", "cudnn", "xla"),
+    "kernels": ("auto", "on", "off"),
+    "accumulation": ("auto", "multisteps", "sum"),
+    "remat": ("none", "block"),
+}
+# the smallest value of each number; those absent here may be anything
+AT_LEAST = {
+    **dict.fromkeys("batch_size gradient_accumulation_steps block_size n_layer n_head n_embd".split(), 1),
+    **dict.fromkeys("eval_interval eval_iters log_interval keep_checkpoints max_iters max_bad_steps".split(), 1),
+    **dict.fromkeys("learning_rate min_lr weight_decay grad_clip dropout beta1 beta2".split(), 0),
+    **dict.fromkeys("warmup_iters lr_decay_iters seed steps_per_call stall_timeout".split(), 0),
+}
+BELOW = {"dropout": 1, "beta1": 1, "beta2": 1, "seed": 2**32}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, naming the key, on a value that no run could use."""
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{key}={value!r} is not one of {', '.join(CHOICES[key])}")
+        if key in AT_LEAST and value < AT_LEAST[key]:
+            raise UserError(f"{key}={value} must be at least {AT_LEAST[key]}")
+        if key in BELOW and value >= BELOW[key]:
+            raise UserError(f"{key}={value} must be below {BELOW[key]}")
+        if key.startswith("mesh_") and value < 1 and value != -1:
+            raise UserError(f"{key}={value} must be a number of devices, or -1 for what is left")
+    if config.min_lr > config.learning_rate and config.decay_lr and config.lr_schedule == "cosine":
+        raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower min_lr")
+    if not config.out_dir:
+        raise UserError("out_dir is empty; name the run's folder")
+
+
+def load_preset(spec: str) -> ConfigDict:
+    """The preset in a file, `configs/gpt2.py` or `configs/gpt2.py:gpt2-xl`. Raises UserError if there is no such."""
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none"
+        raise UserError(f"no preset file {path}; those in configs/: {found}")
+    module_spec = importlib.util.spec_from_file_location("jaxgpt_preset", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path} is not a Python file; a preset is a .py file with get_config()")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except (SyntaxError, NameError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: {_explain(e)}") from None
+
+
+def _explain(e: BaseException) -> str:
+    """One line for an exception of a preset, with the nearest right key where a key is wrong."""
+    text = " ".join(str(e).split())
+    key = re.search(r"[Kk]ey[: ]+[\"'](\w+)", text)
+    return unknown_key(key.group(1)) if key and key.group(1) not in default_config() else text
+
+
+def unknown_key(name: str) -> str:
+    """The message for a key that does not exist."""
+    near = difflib.get_close_matches(name, default_config().keys(), n=1, cutoff=0.5)
+    return f"there is no key {name}" + (f"; did you mean {near[0]}?" if near else "; jaxgpt/config.py lists the keys")
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+def integer(text: str) -> int:
+    """An int, also written 1e5 or 600_000."""
+    value = float(text.replace("_", ""))
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(value)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, its errors raised as UserError."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the arguments")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses argv whole: an unknown argument is an error that names the nearest known one."""
+        args, unknown = self.parse_known_args(list(argv))
+        for word in unknown:
+            name = word.partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.5)
+            if name.startswith("--config."):
+                raise UserError(unknown_key(name.removeprefix("--config.")))
+            raise UserError(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        return args
+
+
+def parse_config(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Namespace]:
+    """The config from `--config FILE[:ARGUMENT]` and `--config.KEY=VALUE`, validated, and the parser's own arguments."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARGUMENT]", help="preset, such as configs/gpt2.py:gpt2-xl"
+    )
+    first, _ = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
+    config = load_preset(first.config)
+    keys = parser.add_argument_group("keys of the preset and their values")
+    for key, value in config.items():
+        kind = {bool: boolean, int: integer}.get(type(value), type(value))
+        # a flag alone, `--config.bias`, means true
+        extra = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
+        keys.add_argument(
+            f"--config.{key}", dest=f"config.{key}", type=kind, default=value, metavar=type(value).__name__, **extra
+        )
+    args = parser.parse(argv)
+    config.update({key: getattr(args, f"config.{key}") for key in config})
+    validate(config)
+    return config, args
+
+
+def save_config(config: ConfigDict, folder: Path) -> None:
+    """Writes config.json."""
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def read_config(folder: Path) -> ConfigDict:
+    """The config of a run's folder; keys added since it was written take their defaults. Raises UserError."""
+    path = folder / "config.json"
+    config = default_config()
+    try:
+        values = json.loads(path.read_text())
+        config.update({k: v for k, v in values.items() if k in config})
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no run: it has no config.json; check out_dir") from None
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); restore it or start another run") from None
+    validate(config)
+    return config
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs an entry point: a UserError becomes one line, `error: …`, and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)
