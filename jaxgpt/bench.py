@@ -1,0 +1,136 @@
+"""Measure speed: `python -m jaxgpt.bench --config configs/gpt2.py [--profile]` prints one JSON line."""
+
+import json
+import math
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxgpt import UserError
+from jaxgpt.config import Parser, parse_config, run_main
+from jaxgpt.data import RunData
+from jaxgpt.metrics import flops_per_token, peak_flops, peak_memory_gib
+from jaxgpt.model import count_params
+from jaxgpt.sharding import configure_jax, make_mesh
+from jaxgpt.step import create_state, make_model_config, make_train_step
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m jaxgpt.bench", description=__doc__)
+    parser.add_argument("--steps", type=int, default=20, help="measured optimizer steps, after 3 to warm up")
+    parser.add_argument("--profile", action="store_true", help="also print GPU time by kind of kernel")
+    config, args = parse_config(argv, parser)
+    configure_jax()
+    result = bench_train(config, args.steps, args.profile)
+    print(json.dumps(result | environment()))
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions, for a result's record."""
+    packages = ("jax", "jaxlib", "flax", "optax")
+    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()} | {p: version(p) for p in packages}
+
+
+def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]:
+    """Whole optimizer steps on real batches: ms a step, tokens/s, MFU, peak GiB, seconds to the first one."""
+    start = time.perf_counter()
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    data = RunData(config, mesh)
+    model_config = make_model_config(config, data.meta.vocab_size, mesh, data.meta.eot)
+    state = create_state(config, model_config, mesh)
+    train_step = make_train_step(config, model_config, mesh)
+    state, metrics = train_step(state, data.batch(0))
+    losses = [float(metrics["loss"][-1])]
+    first_step_s = time.perf_counter() - start
+    times = []
+    for step in range(1, steps + 3):
+        tokens = jax.block_until_ready(data.batch(step))
+        begin = time.perf_counter()
+        state, metrics = train_step(state, tokens)
+        losses.append(float(metrics["loss"][-1]))
+        times.append(time.perf_counter() - begin)
+    # what a run does: the next call is dispatched before the last one's metrics are read
+    batches = [data.batch(step) for step in range(steps)]
+    begin = time.perf_counter()
+    for tokens in batches:
+        state, metrics = train_step(state, tokens)
+    losses.append(float(metrics["loss"][-1]))
+    pipelined = (time.perf_counter() - begin) / steps
+    n = count_params(state.params)
+    flops = flops_per_token(n, config.n_layer, config.n_embd, config.block_size) * data.tokens_per_step
+    peak = peak_flops(jax.devices()[0])
+    result = {
+        "what": "train",
+        "step_ms": round(1e3 * pipelined, 3),
+        "step_ms_alone": round(1e3 * statistics.median(times[2:]), 3),
+        "tokens_per_s": round(data.tokens_per_step / pipelined),
+        "mfu": round(flops / pipelined / peak / jax.device_count(), 4) if peak else None,
+        "peak_gib": round(peak_memory_gib(), 2),
+        "first_step_s": round(first_step_s, 1),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "tokens_per_step": data.tokens_per_step,
+        "params": n,
+    }
+    if profile:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for tokens in batches[:3]:
+                    state, metrics = train_step(state, tokens)
+                jax.block_until_ready(state)
+            print(profile_table(folder, 3), file=sys.stderr)
+    return result
+
+
+# First match in a kernel's name decides its kind
+KINDS = (
+    ("collectives", r"nccl|all-?reduce|all-?gather|reduce-?scatter"),
+    ("attention", r"flash|fmha|sdpa|attention|cudnn_generated"),
+    ("matrix products", r"gemm|cublas|nvjet|cutlass|matmul|xmma|splitk"),
+    ("loss", r"cross_entropy|loss"),
+    ("normalization", r"norm"),
+    ("GELU", r"gelu"),
+    ("optimizer", r"select|adam|global_norm"),
+    ("copies", r"memcpy|memset|copy|transpose"),
+)
+
+
+def profile_table(trace_dir: str, steps: int) -> str:
+    """GPU time per step by kind of kernel, and the largest kernels."""
+    path = max(Path(trace_dir).rglob("*.xplane.pb"))
+    plane = next((p for p in jax.profiler.ProfileData.from_file(str(path)).planes if p.name.startswith("/device:")), None)
+    if plane is None:
+        raise UserError("the profile holds no device: --profile needs a GPU or a TPU")
+    by_name: dict[str, tuple[float, int]] = {}
+    first, last = math.inf, 0.0
+    for line in plane.lines:
+        if not line.name.startswith("Stream"):
+            continue
+        for event in line.events:
+            ms, count = by_name.get(event.name, (0.0, 0))
+            by_name[event.name] = (ms + event.duration_ns / 1e6, count + 1)
+            first, last = min(first, event.start_ns), max(last, event.start_ns + event.duration_ns)
+    kinds: dict[str, tuple[float, int]] = {}
+    for name, (ms, count) in by_name.items():
+        kind = next((k for k, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other elementwise")
+        total, n = kinds.get(kind, (0.0, 0))
+        kinds[kind] = (total + ms, n + count)
+    busy, span = sum(ms for ms, _ in kinds.values()), (last - first) / 1e6
+    rows = sorted(kinds.items(), key=lambda kv: -kv[1][0]) + [("idle", (span - busy, 0)), ("total", (span, 0))]
+    lines = [f"{name:<20}{ms / steps:>10.3f} ms a step {n // steps:>8} kernels" for name, (ms, n) in rows]
+    largest = sorted(by_name.items(), key=lambda kv: -kv[1][0])[:30]
+    lines += [f"  {ms / steps:>8.3f} ms {n // steps:>5} × {name[:110]}" for name, (ms, n) in largest]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,146 @@
+"""What a run reports: FLOPs and MFU; console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from jaxgpt import UserError
+
+# Dense bf16 FLOP/s of one device by `device_kind`; the makers' data sheets
+PEAK_FLOPS = {
+    "NVIDIA V100": 125e12,  # fp16
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> float:
+    """FLOPs of forward and backward for one token: 6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's)."""
+    return 6 * n_params + 12 * n_layer * n_embd * block_size
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bf16 FLOP/s, or None where it is not known (a CPU)."""
+    kind = device.device_kind
+    return next((v for k, v in sorted(PEAK_FLOPS.items(), key=lambda kv: -len(kv[0])) if kind.startswith(k)), None)
+
+
+def peak_memory_gib() -> float:
+    """Peak memory in GiB in use on the first device, 0 where the device does not tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 0) / 2**30
+
+
+class Stopwatch:
+    """Times steps: each call of `lap` gives the speed since the one before."""
+
+    def __init__(self, flops_per_step: float, tokens_per_step: int):
+        self._flops, self._tokens = flops_per_step, tokens_per_step
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak and peak * jax.device_count()
+        self._last: tuple[int, float] | None = None
+
+    def lap(self, step: int) -> dict[str, float]:
+        """step_ms, tokens_per_s and (where the peak is known) mfu of the steps since the last lap; empty on the first."""
+        now, last = time.perf_counter(), self._last
+        self._last = (step, now)
+        if last is None or step <= last[0]:
+            return {}
+        seconds = (now - last[1]) / (step - last[0])
+        speed = {"step_ms": 1e3 * seconds, "tokens_per_s": self._tokens / seconds}
+        return speed | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
+
+    def pause(self) -> None:
+        """Leaves out what comes before the next lap: an evaluation or a compilation."""
+        self._last = None
+
+
+class Reporter:
+    """Writes a run's metrics wherever they go; on other processes than the first, nowhere.
+
+    metrics.jsonl gets one object a line. Secrets never pass here: trackers read their own environment variables.
+    """
+
+    def __init__(self, folder: Path, config: ConfigDict, *, first_step: int):
+        self.enabled = jax.process_index() == 0
+        if not self.enabled:
+            return
+        self._file = (folder / "metrics.jsonl").open("a")
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._board = self._wandb = None
+        if config.tensorboard_log:
+            try:
+                from tensorboard.summary import Writer
+            except ImportError:
+                raise UserError("tensorboard_log needs TensorBoard: pip install 'jaxgpt[track]'") from None
+            self._board = Writer(str(folder))
+        if config.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("wandb_log needs Weights & Biases: pip install 'jaxgpt[track]'") from None
+            self._wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=config.to_dict())
+
+    def say(self, line: str) -> None:
+        """Prints a line for people, above the progress bar."""
+        if self.enabled:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Writes one object of metrics for `step` to metrics.jsonl and the trackers."""
+        if not self.enabled:
+            return
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as e:  # a full disk must not end a run
+            warnings.warn(f"metrics.jsonl: {e}; the run goes on without this line", stacklevel=2)
+        numbers = {k: v for k, v in values.items() if v is not None}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def progress(self, step: int, **shown: str) -> None:
+        """Moves the progress bar to `step`."""
+        if self.enabled and self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            for sink in (self._bar, self._file, self._board):
+                if sink is not None:
+                    sink.close()
+            if self._wandb is not None:
+                self._wandb.finish()

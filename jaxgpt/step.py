@@ -1,0 +1,244 @@
+"""The training state and the compiled steps: everything that changes parameters happens here."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Integer
+from ml_collections import ConfigDict
+
+from jaxgpt import UserError
+from jaxgpt.model import GPTConfig, Params, bind, init_params
+from jaxgpt.optim import learning_rate, make_optimizer
+from jaxgpt.sharding import BATCH_AXES, is_data_parallel, tree_shardings
+
+Metrics = dict[str, Array]
+
+
+def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int | None = None) -> GPTConfig:
+    """The model of a run, its "auto" keys decided for the devices of the mesh."""
+    device = mesh.devices.flat[0]
+    nvidia = device.platform == "gpu" and hasattr(device, "compute_capability")
+    ampere = nvidia and float(device.compute_capability) >= 8
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if ampere or device.platform == "tpu" else "float16" if nvidia else "float32"
+    if config.doc_mask and eot is None:
+        raise UserError("doc_mask needs a tokenizer with an end-of-text token, which this corpus has not; leave it off")
+    cudnn = ampere and dtype != "float32" and config.n_embd // config.n_head <= 128 and not config.doc_mask
+    kernels = ampere and is_data_parallel(mesh)
+    return GPTConfig(
+        block_size=config.block_size,
+        vocab_size=vocab_size,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        dropout=config.dropout,
+        bias=config.bias,
+        dtype=dtype,
+        attention=config.attention if config.attention != "auto" else "cudnn" if cudnn else "xla",
+        kernels=kernels if config.kernels == "auto" else config.kernels == "on",
+        remat=config.remat,
+        doc_mask=eot if config.doc_mask and eot is not None else -1,
+    )
+
+
+class LossScale(NamedTuple):
+    """float16's dynamic loss scale: halved when gradients overflow, doubled after 2,000 steps without."""
+
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]
+
+    @staticmethod
+    def create(dtype: str) -> "LossScale":
+        return LossScale(jnp.asarray(2.0**15 if dtype == "float16" else 1.0, jnp.float32), jnp.zeros((), jnp.int32))
+
+    def next(self, finite: Bool[Array, ""], dtype: str) -> "LossScale":
+        if dtype != "float16":
+            return self
+        good = jnp.where(finite, self.good_steps + 1, 0)
+        grow = good >= 2000
+        scale = jnp.where(finite, jnp.where(grow, self.scale * 2, self.scale), jnp.maximum(self.scale / 2, 1.0))
+        return LossScale(scale, jnp.where(grow, 0, good))
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds: with the config, the whole future of a run follows from it."""
+
+    step: Int[Array, ""]  # optimizer steps taken, dropped ones included
+    params: Params
+    opt_state: Any
+    loss_scale: LossScale
+    bad_steps: Int[Array, ""]  # dropped steps in a row
+
+
+def purpose_seed(seed: int, purpose: str) -> Array:
+    """The key of one use of randomness: everything random derives from (seed, step, purpose)."""
+    return jax.random.fold_in(jax.random.key(seed), {"init": 0, "dropout": 1, "sample": 2}[purpose])
+
+
+def init_state(config: ConfigDict, model_config: GPTConfig) -> TrainState:
+    """A fresh state. Run it under `jax.jit` with out_shardings, so that it is made in place on every device."""
+    params = init_params(model_config, purpose_seed(config.seed, "init"))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        loss_scale=LossScale.create(model_config.dtype),
+        bad_steps=zero,
+    )
+
+
+def abstract_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every array of the state, nothing computed."""
+    shapes = jax.eval_shape(partial(init_state, config, model_config))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, tree_shardings(shapes, mesh)
+    )
+
+
+def create_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """A fresh state made sharded, never whole on one device; with `params` (placed already), around those."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
+    if params is None:
+        return jax.jit(partial(init_state, config, model_config), out_shardings=shardings)()
+
+    def around(params):
+        return init_state(config, model_config)._replace(params=params, opt_state=make_optimizer(config).init(params))
+
+    return jax.jit(around, out_shardings=shardings)(params)
+
+
+def loss_fn(model_config: GPTConfig, params: Params, tokens: Integer[Array, "B T+1"], seed=None) -> Float[Array, ""]:
+    """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
+    tokens = tokens.astype(jnp.int32)
+    return bind(model_config, params).loss(tokens[:, :-1], tokens[:, 1:], seed=seed)
+
+
+def make_train_step(
+    config: ConfigDict, model_config: GPTConfig, mesh: Mesh
+) -> Callable[[TrainState, Integer[Array, "K A B T+1"]], tuple[TrainState, Metrics]]:
+    """The compiled function that takes K optimizer steps, each of A micro-steps of B sequences; the state is donated.
+
+    Its metrics are arrays of K: loss, grad_norm (before clipping), lr, bad_steps. Where the loss or the gradient is not
+    finite the update is dropped on the device: parameters and optimizer state stay, the step counts, and bad_steps says
+    how many such steps there were in a row; it is 0 after a good one.
+    """
+    optimizer = make_optimizer(config)
+    dtype = model_config.dtype
+    dropout_key = purpose_seed(config.seed, "dropout")
+
+    def micro_step(params, scale, seed, tokens):
+        """Loss and gradients of one micro-batch, in float32, without the loss scale."""
+        loss, grads = jax.value_and_grad(lambda p: loss_fn(model_config, p, tokens, seed) * scale)(params)
+        return loss / scale, jax.tree.map(lambda g: g / scale if dtype == "float16" else g, grads)
+
+    def seeds_of(step, micro_steps):
+        if model_config.dropout == 0.0:
+            return None
+        return jax.random.bits(jax.random.fold_in(dropout_key, step), (micro_steps,), jnp.uint32)
+
+    def summed_gradients(params, scale, seeds, tokens):
+        """Mean loss and mean gradients over micro-steps, the gradients added up in a scan and reduced over devices once."""
+        micro_steps = tokens.shape[0]
+        if micro_steps == 1:
+            loss, grads = micro_step(params, scale, None if seeds is None else seeds[0], tokens[0])
+        else:
+
+            def add(total, xs):
+                return jax.tree.map(jnp.add, total, micro_step(params, scale, *xs)), None
+
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            (loss, grads), _ = jax.lax.scan(add, zeros, (seeds, tokens))
+            loss, grads = jax.tree.map(lambda x: x / micro_steps, (loss, grads))
+        return loss, grads
+
+    def data_parallel_gradients(params, scale, seeds, tokens):
+        """summed_gradients on each device's rows alone, then one mean over devices."""
+
+        def local(params, scale, seeds, tokens):
+            if seeds is not None:  # other rows, other masks
+                seeds = seeds + jax.lax.axis_index("data").astype(jnp.uint32)
+            return jax.lax.pmean(summed_gradients(params, scale, seeds, tokens), "data")
+
+        specs = (P(), P(), P(), P(None, BATCH_AXES, None))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+            params, scale, seeds, tokens
+        )
+
+    gradients = data_parallel_gradients if is_data_parallel(mesh) else summed_gradients
+
+    def updates_by_sum(state: TrainState, seeds, tokens):
+        loss, grads = gradients(state.params, state.loss_scale.scale, seeds, tokens)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return loss, updates, opt_state
+
+    def updates_by_multisteps(state: TrainState, seeds, tokens):
+        """The same through optax.MultiSteps. Its accumulator is zero between steps, so no checkpoint needs to hold it."""
+        accumulating = optax.MultiSteps(optimizer, every_k_schedule=tokens.shape[0])
+        empty = accumulating.init(state.params)._replace(inner_opt_state=state.opt_state)
+
+        def micro(carry, xs):
+            multi_state, _, total = carry
+            seed, micro_tokens = xs
+            seed = None if seed is None else seed[None]
+            loss, grads = gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
+            updates, multi_state = accumulating.update(grads, multi_state, state.params)
+            return (multi_state, updates, total + loss), None
+
+        carry = (empty, jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+        (multi_state, updates, total), _ = jax.lax.scan(micro, carry, (seeds, tokens))
+        return total / tokens.shape[0], updates, multi_state.inner_opt_state
+
+    get_updates = updates_by_multisteps if config.accumulation == "multisteps" else updates_by_sum
+
+    def one_step(state: TrainState, tokens: Integer[Array, "A B T+1"]) -> tuple[TrainState, Metrics]:
+        loss, updates, opt_state = get_updates(state, seeds_of(state.step, tokens.shape[0]), tokens)
+        norm = opt_state[0]
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        lr = learning_rate(config, state.step)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: lr * u, updates))
+        keep = partial(jax.tree.map, partial(jnp.where, finite))
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            loss_scale=state.loss_scale.next(finite, dtype),
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        )
+        return state, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": state.bad_steps}
+
+    def train_step(state: TrainState, tokens: Integer[Array, "K A B T+1"]) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(one_step, state, tokens)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
+    batch = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    model_config: GPTConfig, mesh: Mesh
+) -> Callable[[Params, Integer[Array, "1 A B T+1"]], Float[Array, " A"]]:
+    """The compiled function that gives the mean loss in nats of each of A batches, dropout off."""
+
+    def losses(params, tokens):
+        return jax.lax.map(partial(loss_fn, model_config, params), tokens[0])
+
+    def local(params, tokens):
+        return jax.lax.pmean(losses(params, tokens), "data")
+
+    specs = (P(), P(None, None, BATCH_AXES, None))
+    if is_data_parallel(mesh):
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+    return jax.jit(losses, out_shardings=NamedSharding(mesh, P()))
