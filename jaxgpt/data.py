@@ -1,0 +1,355 @@
+"""Token files to batches: the batch of step n is a function of (seed, n), whatever the processes, devices and resumes.
+
+A corpus is one split of one folder: memory-mapped shards of little-endian uint16 or uint32, read as one row of tokens.
+Sample k of a run (k = step · rows + row) is a window of block_size + 1 tokens: x is all but the last, y all but the
+first. `shuffle` reads every window of an epoch once. Its order is a keyed permutation of the windows' numbers, computed
+where it is needed and never stored, so it costs the same for 10^4 and for 10^11 tokens.
+"""
+
+import dataclasses
+import hashlib
+import math
+import shutil
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Integer, UInt64
+from ml_collections import ConfigDict
+
+from jaxgpt import UserError
+from jaxgpt.sharding import BATCH_AXES, data_shards
+from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, load_tokenizer, read_meta, write_meta
+
+T = TypeVar("T")
+U64 = np.uint64
+
+DIGEST_LIMIT_BYTES = 64 << 20  # a split up to this size has its digests checked when it is opened (about 50 ms)
+
+
+class Corpus:
+    """One split, memory-mapped. `len` is its number of tokens."""
+
+    def __init__(self, paths: Sequence[Path], meta: Meta, vocab_size: int):
+        self.paths, self.meta, self.vocab_size = list(paths), meta, vocab_size
+        self.dtype = np.dtype(meta.dtype)
+        # Plain arrays over the maps: slicing an np.memmap itself costs ten times as much.
+        self._shards = [np.asarray(np.memmap(path, self.dtype.newbyteorder("<"), "r")) for path in self.paths]
+        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
+
+    @classmethod
+    def open(cls, data_dir: str | Path, split: str, *, block_size: int, vocab_size: int) -> "Corpus":
+        """The shards that meta.json lists for `split` ("train", "val"), else `split`.bin, else `split`_*.bin by name.
+
+        UserError: nothing there; a file that is missing, truncated, foreign or altered (by digest, for small splits:
+        see `verify`); fewer tokens than a window of block_size + 1; a vocabulary larger than vocab_size.
+        """
+        folder = Path(data_dir)
+        # Without a meta, as nanoGPT leaves GPT-2's tokens.
+        eot = GPT2_VOCAB_SIZE - 1 if vocab_size >= GPT2_VOCAB_SIZE else None
+        meta = read_meta(folder) or Meta(min(vocab_size, GPT2_VOCAB_SIZE), eot=eot)
+        single = folder / f"{split}.bin"
+        found = [single] * single.exists() + sorted(folder.glob(f"{split}_*.bin"))
+        listed = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
+        paths = list(listed) or found
+        if not paths:
+            raise UserError(f"{single} does not exist; run its prepare.py, or set data_dir to a folder that holds it")
+        if foreign := set(found) - set(paths):
+            raise UserError(
+                f"{min(foreign)} is not of the corpus in meta.json; move it away or prepare the corpus again"
+            )
+        if single in paths and len(paths) > 1:
+            raise UserError(f"{folder} holds both {single.name} and {paths[1].name}; move one corpus away")
+        width = np.dtype(meta.dtype).itemsize
+        for path in paths:
+            size = path.stat().st_size if path.is_file() else 0
+            if size == 0 or size % width or size != width * listed.get(path, size // width):
+                what = f"has {size:,} bytes, not {width} for each token" if size else "is missing or empty"
+                raise UserError(f"{path} {what}; it is truncated or damaged: run its prepare.py again")
+        if meta.vocab_size > vocab_size:
+            raise UserError(
+                f"{folder} has a vocabulary of {meta.vocab_size:,}, the model one of {vocab_size:,}; "
+                f"train a model with vocab_size={meta.vocab_size} or prepare the corpus with the model's tokenizer"
+            )
+        corpus = cls(paths, meta, vocab_size)
+        if len(corpus) < block_size + 1:
+            raise UserError(
+                f"{paths[0]}: {split} has {len(corpus):,} tokens, fewer than one window of block_size + 1 = "
+                f"{block_size + 1:,}; use more text or a smaller block_size"
+            )
+        if len(corpus) * width <= DIGEST_LIMIT_BYTES:
+            corpus.verify()
+        return corpus
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def verify(self) -> None:
+        """Reads every shard; UserError naming the first that differs from its digest in meta.json."""
+        digests = {shard["file"]: shard["sha256"] for shards in self.meta.shards.values() for shard in shards}
+        for path in [path for path in self.paths if path.name in digests]:
+            with open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != digests[path.name]:
+                    raise UserError(f"{path} was altered (its sha256 is not meta.json's); run its prepare.py again")
+
+    def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
+        """Rows of `width` tokens from the given token offsets; a row may go over from one shard into the next.
+
+        UserError naming file and offset if an id is not below vocab_size.
+        """
+        rows = np.empty((len(starts), width), self.dtype)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            i = bisect_right(self._starts, start) - 1
+            offset, done = start - self._starts[i], 0
+            while done < width:
+                piece = self._shards[i][offset : offset + width - done]
+                row[done : done + len(piece)] = piece
+                done, i, offset = done + len(piece), i + 1, 0
+        if rows.size and rows.max() >= self.vocab_size:
+            r, column = np.argwhere(rows >= self.vocab_size)[0].tolist()
+            position = int(starts[r]) + column
+            i = bisect_right(self._starts, position) - 1
+            raise UserError(
+                f"{self.paths[i]}: token {position - self._starts[i]:,} is {rows[r, column]}, outside the vocabulary "
+                f"of {self.vocab_size:,}; prepare the corpus with the model's tokenizer"
+            )
+        return rows
+
+
+def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
+    """`a` is [(a, 1)]; `a:0.7,b:0.3` is both with their weights. UserError unless these are positive and sum to 1."""
+    if ":" not in dataset and "," not in dataset:
+        return [(dataset, Fraction(1))]
+    mixture = []
+    for part in dataset.split(","):
+        name, _, weight = part.strip().partition(":")
+        try:
+            mixture.append((name, Fraction(weight)))
+        except (ValueError, ZeroDivisionError):
+            raise UserError(f"dataset={dataset}: {part!r} is not NAME:WEIGHT; write for example a:0.7,b:0.3") from None
+    if len({name for name, _ in mixture} - {""}) < len(mixture):
+        raise UserError(f"dataset={dataset}: name each corpus once; write for example a:0.7,b:0.3")
+    check_weights([weight for _, weight in mixture])
+    return mixture
+
+
+def check_weights(weights: Sequence[Fraction]) -> None:
+    """UserError unless they are positive and sum to exactly 1."""
+    if min(weights) <= 0 or sum(weights) != 1:
+        shown = ", ".join(f"{float(w):g}" for w in weights)
+        raise UserError(
+            f"the corpora's weights ({shown}) sum to {float(sum(weights)):g}; make them positive and sum to 1"
+        )
+
+
+class Batches:
+    """The global batch of every step. `rows`: sequences per optimizer step, over all processes.
+
+    order "shuffle": every window of an epoch once. An epoch lays windows end to end from a start of its own (a function
+    of seed and epoch), so that other tokens share a window each time; less than two windows at the ends are left out.
+    order "random": nanoGPT's sampling with replacement, at any offset.
+
+    Of several corpora, every P samples (P: the common denominator of the weights) hold each exactly weight · P times,
+    in shuffled order, and each corpus counts its own epochs. Corpora of different tokenizers are a UserError.
+    """
+
+    def __init__(
+        self,
+        corpora: Corpus | Sequence[Corpus],
+        weights: Sequence[Fraction | float | str] = (1,),
+        *,
+        seed: int,
+        rows: int,
+        block_size: int,
+        order: str = "shuffle",
+    ):
+        if order not in ("shuffle", "random"):
+            raise UserError(f"data_order={order} is not one of shuffle, random")
+        self.corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
+        self.rows, self.block_size, self.order = rows, block_size, order
+        for corpus in self.corpora[1:]:
+            if corpus.meta.identity != self.corpora[0].meta.identity:
+                folders = f"{self.corpora[0].paths[0].parent} and {corpus.paths[0].parent}"
+                raise UserError(f"{folders} have different tokenizers; prepare the corpora of a mixture with one")
+        shares = [Fraction(str(weight)) for weight in weights]
+        check_weights(shares)
+        self._period = math.lcm(*(share.denominator for share in shares))
+        self._bounds = np.cumsum([0] + [int(share * self._period) for share in shares]).astype(U64)
+        self._seed = _mix(np.array([seed % (1 << 64)], U64))
+        self.dtype = np.result_type(*(corpus.dtype for corpus in self.corpora))
+
+    def rows_at(self, step: int, lo: int = 0, hi: int | None = None) -> Integer[np.ndarray, "rows width"]:
+        """Rows lo … hi-1 of step's `rows`, each of block_size + 1 tokens, in the files' dtype."""
+        hi = self.rows if hi is None else hi
+        samples = np.arange(step * self.rows + lo, step * self.rows + hi, dtype=U64)
+        if len(self.corpora) == 1:
+            return self._read(0, samples)
+        cycles, places = np.divmod(samples, U64(self._period))
+        places = _permute(places, self._period, self._keys(len(self.corpora), cycles))
+        which = np.searchsorted(self._bounds, places, side="right") - 1
+        rows = np.empty((len(samples), self.block_size + 1), self.dtype)
+        for c in np.unique(which):
+            at, (low, high) = which == c, self._bounds[c : c + 2]
+            rows[at] = self._read(c, cycles[at] * (high - low) + (places[at] - low))
+        return rows
+
+    def _read(self, c: int, samples: UInt64[np.ndarray, " rows"]) -> Integer[np.ndarray, "rows width"]:
+        """The given samples of corpus c, which are counted over this corpus alone."""
+        corpus, width = self.corpora[c], self.block_size + 1
+        if self.order == "random":
+            return corpus.read(self._keys(c, samples) % U64(len(corpus) - self.block_size), width)
+        # One window fewer than would fit leaves at least a whole window's room for the epoch's start.
+        windows = max(1, (len(corpus) - self.block_size) // self.block_size)
+        room = len(corpus) - windows * self.block_size  # starts to choose from
+        epochs, places = np.divmod(samples, U64(windows))
+        keys = self._keys(c, epochs)
+        return corpus.read(_permute(places, windows, keys) * U64(self.block_size) + _mix(keys) % U64(room), width)
+
+    def _keys(self, purpose: int, counts: UInt64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
+        """Keys from the seed, what they are for (a corpus, or the mixture) and counts (of epochs, say)."""
+        return _mix(_mix(self._seed ^ U64(purpose)) ^ counts)
+
+
+def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """A bijection of 64-bit numbers without visible pattern: splitmix64's step (Steele, Lea & Flood 2014)."""
+    x = x + U64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
+
+
+def _permute(places: UInt64[np.ndarray, " m"], n: int, keys: UInt64[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:
+    """For each place its image under the permutation of 0 … n-1 that its key draws.
+
+    Eight Feistel rounds on pairs (left, right) of numbers below a = ceil(sqrt(n)), mixing by addition modulo a, permute
+    0 … a²-1. Images of n and above go through them again until they fall below n: few, as a² - n is at most 2·sqrt(n).
+    Both steps keep it a permutation (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    a, rounds = U64(math.isqrt(n - 1) + 1), range(8)
+    images, todo = places.copy(), np.arange(len(places))
+    while len(todo):
+        left, right = np.divmod(images[todo], a)
+        for r in rounds:
+            left, right = right, (left + _mix(right ^ _mix(keys[todo] + U64(r))) % a) % a
+        images[todo] = left * a + right
+        todo = todo[images[todo] >= n]
+    return images
+
+
+def place(
+    batches: Batches, step: int, *, steps: int = 1, micro_steps: int, sharding: jax.sharding.Sharding
+) -> Integer[jax.Array, "K A B T+1"]:
+    """The rows of K=steps steps from `step` on, each as A=micro_steps of B rows; a process reads only its own rows."""
+    per_micro, rest = divmod(batches.rows, micro_steps)
+    if rest:
+        raise UserError(f"{batches.rows} rows a step do not divide into {micro_steps} micro-steps; change one of them")
+
+    def read(index) -> np.ndarray:  # index: the slices of one device's part
+        lo, hi, _ = index[2].indices(per_micro)
+        micro = range(0, batches.rows, per_micro)[index[1]]
+        parts = [[batches.rows_at(n, m + lo, m + hi) for m in micro] for n in range(step, step + steps)[index[0]]]
+        return np.array(parts)[..., index[3]]
+
+    shape = (steps, micro_steps, per_micro, batches.block_size + 1)
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+class RunData:
+    """The corpora of a config as batches on a mesh. Raises UserError on files or sizes that do not fit."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, vocab_size: int | None = None):
+        shards = data_shards(mesh)
+        self.micro_steps, rest = divmod(config.gradient_accumulation_steps, shards)
+        if rest:
+            raise UserError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the {shards} "
+                f"devices that share the batch (mesh_data × mesh_fsdp); choose a multiple of {shards}"
+            )
+        mixture = parse_mixture(config.dataset)
+        if config.data_dir and len(mixture) > 1:
+            raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
+        self.folders = {name: Path(config.data_dir or f"data/{name}") for name, _ in mixture}
+        metas = [read_meta(folder) for folder in self.folders.values()]
+        vocab_size = vocab_size or max(m.vocab_size if m else GPT2_VOCAB_SIZE for m in metas)
+
+        def corpora(split: str) -> list[Corpus]:
+            sizes = {"block_size": config.block_size, "vocab_size": vocab_size}
+            return [Corpus.open(folder, split, **sizes) for folder in self.folders.values()]
+
+        train, val = corpora("train"), corpora("val")
+        self.meta, self.vocab_size = train[0].meta, vocab_size
+        self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+        self._sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
+        self._eval_iters = config.eval_iters
+        weights = [weight for _, weight in mixture]
+        sizes = {"seed": config.seed, "block_size": config.block_size}
+        rows = config.batch_size * config.gradient_accumulation_steps
+        self.train = Batches(train, weights, rows=rows, order=config.data_order, **sizes)
+        # the same windows at every evaluation, none of them from the training stream
+        sizes.update(seed=config.seed + 1, rows=config.eval_iters * config.batch_size * shards, order="random")
+        self._eval = {"train": Batches(train, weights, **sizes), "val": Batches(val, weights, **sizes)}
+        if len(mixture) > 1:
+            self._eval |= {f"val_{name}": Batches(c, **sizes) for name, c in zip(self.folders, val, strict=True)}
+
+    def batch(self, step: int, steps: int = 1) -> Integer[jax.Array, "K A B T+1"]:
+        """The training batches of K=steps optimizer steps from `step` on."""
+        return place(self.train, step, steps=steps, micro_steps=self.micro_steps, sharding=self._sharding)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.meta, self.train.corpora[0].paths[0].parent)
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer's files into a run's folder."""
+        source = self.train.corpora[0].paths[0].parent / self.meta.tokenizer
+        if source.is_file():
+            shutil.copyfile(source, folder / self.meta.tokenizer)
+        write_meta(folder, dataclasses.replace(self.meta, vocab_size=self.vocab_size, shards={}))
+
+    def eval_batches(self) -> dict[str, Integer[jax.Array, "1 A B T+1"]]:
+        """For each split the eval_iters batches of its estimate; of a mixture, each validation corpus alone as well."""
+        sharding = self._sharding
+        return {k: place(b, 0, micro_steps=self._eval_iters, sharding=sharding) for k, b in self._eval.items()}
+
+
+class prefetch(Generic[T]):
+    """Iterates over (step, batch_at(step)) for start ≤ step < stop; a thread works up to `depth` batches ahead.
+
+    What batch_at raises comes out of `next`. Use it in a `with`, or close it: that waits for the thread.
+    """
+
+    def __init__(self, batch_at: Callable[[int], T], start: int, stop: int, depth: int = 2):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._jobs: Iterator[tuple[int, Future[T]]] = ((n, self._pool.submit(batch_at, n)) for n in range(start, stop))
+        self._ahead = deque(islice(self._jobs, depth))
+
+    def __iter__(self) -> "prefetch[T]":
+        return self
+
+    def __next__(self) -> tuple[int, T]:
+        if not self._ahead:
+            raise StopIteration
+        step, future = self._ahead.popleft()
+        batch = future.result()
+        self._ahead.extend(islice(self._jobs, 1))
+        return step, batch
+
+    def close(self) -> None:
+        self._ahead.clear()
+        self._jobs = iter(())
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "prefetch[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
