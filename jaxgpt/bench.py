@@ -47,7 +47,11 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     data = RunData(config, mesh)
     model_config = make_model_config(config, data.meta.vocab_size, mesh, data.meta.eot)
     state = create_state(config, model_config, mesh)
-    train_step = make_train_step(config, model_config, mesh)
+    begin_trace = time.perf_counter()
+    lowered = make_train_step(config, model_config, mesh).lower(state, data.abstract_batch())
+    lowered_at = time.perf_counter()
+    train_step = lowered.compile()
+    compiled_at = time.perf_counter()
     state, metrics = train_step(state, data.batch(0))
     losses = [float(metrics["loss"][-1])]
     first_step_s = time.perf_counter() - start
@@ -75,6 +79,8 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         "tokens_per_s": round(data.tokens_per_step / pipelined),
         "mfu": round(flops / pipelined / peak / jax.device_count(), 4) if peak else None,
         "peak_gib": round(peak_memory_gib(), 2),
+        "trace_s": round(lowered_at - begin_trace, 1),
+        "compile_s": round(compiled_at - lowered_at, 1),
         "first_step_s": round(first_step_s, 1),
         "loss_first": losses[0],
         "loss_last": losses[-1],

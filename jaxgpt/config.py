@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 
-
 # layers, heads, width of OpenAI's four releases; each has block_size 1024, vocabulary 50257 and biases
 GPT2_SIZES = {
     "gpt2": (12, 12, 768),
@@ -96,10 +95,10 @@ CHOICES = {
 }
 # the smallest value of each number; those absent here may be anything
 AT_LEAST = {
-    **dict.fromkeys("batch_size gradient_accumulation_steps block_size n_layer n_head n_embd".split(), 1),
-    **dict.fromkeys("eval_interval eval_iters log_interval keep_checkpoints max_iters max_bad_steps".split(), 1),
-    **dict.fromkeys("learning_rate min_lr weight_decay grad_clip dropout beta1 beta2".split(), 0),
-    **dict.fromkeys("warmup_iters lr_decay_iters seed steps_per_call stall_timeout".split(), 0),
+    **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "block_size"], 1),
+    **dict.fromkeys(["eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "max_iters", "max_bad_steps"], 1),
+    **dict.fromkeys(["learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2"], 0),
+    **dict.fromkeys(["warmup_iters", "lr_decay_iters", "seed", "steps_per_call", "stall_timeout"], 0),
 }
 BELOW = {"dropout": 1, "beta1": 1, "beta2": 1, "seed": 2**32}
 
@@ -117,6 +116,9 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{key}={value} must be below {BELOW[key]}")
         if key.startswith("mesh_") and value < 1 and value != -1:
             raise UserError(f"{key}={value} must be a number of devices, or -1 for what is left")
+    for key in ("n_layer", "n_head", "n_embd"):
+        if config[key] < (config.init_from in ("scratch", "resume", "auto")):
+            raise UserError(f"{key}={config[key]} must be at least 1, or 0 for that of the weights init_from names")
     if config.min_lr > config.learning_rate and config.decay_lr and config.lr_schedule == "cosine":
         raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower min_lr")
     if not config.out_dir:
@@ -230,14 +232,14 @@ def read_config(folder: Path) -> ConfigDict:
     return config
 
 
-def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs an entry point: a UserError becomes one line, `error: …`, and exit status 2."""
+def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Runs an entry point, whose result is the exit status: a UserError becomes one line, `error: …`, and its status."""
     try:
-        main(sys.argv[1:])
+        status = main(sys.argv[1:])
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.status)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(1)
-    sys.exit(0)
+    sys.exit(status)

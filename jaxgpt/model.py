@@ -89,6 +89,22 @@ def _linear(
     return nnx.LinearGeneral(n_in, n_out, use_bias=config.bias, dtype=config.dtype, kernel_init=init, rngs=rngs)
 
 
+@jax.custom_vjp
+def _fan_out(x: Float[Array, "BT C"]):
+    """x three times. Its gradients are added one after the other, so that each matrix product adds to the last one's."""
+    return x, x, x
+
+
+def _fan_in(_, gradients):
+    total, *others = gradients
+    for gradient in others:
+        total = jax.lax.optimization_barrier(total) + gradient
+    return (total,)
+
+
+_fan_out.defvjp(lambda x: ((x, x, x), None), _fan_in)
+
+
 class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -102,7 +118,7 @@ class Attention(nnx.Module):
         heads = (batch, -1, c.n_head, c.n_embd // c.n_head)
         kernel, bias = self.c_attn.kernel[...].astype(c.dtype), self.c_attn.bias
         # three products rather than one: their outputs are what attention takes, where slices would be copies
-        q, k, v = (x @ kernel[:, i] for i in range(3))
+        q, k, v = (y @ kernel[:, i] for i, y in enumerate(_fan_out(x)))
         if bias is not None:
             q, k, v = (y + bias[i].astype(c.dtype) for i, y in enumerate((q, k, v)))
         q, k, v = (y.reshape(heads) for y in (q, k, v))
@@ -212,7 +228,7 @@ class GPT(nnx.Module):
             docs = jnp.cumsum(ends, axis=1)
             if cache is None:
                 docs = docs - ends
-            else:  # an end counts from the next slot on
+            elif cache.docs is not None:  # an end counts from the next slot on
                 docs = docs + jax.lax.dynamic_slice_in_dim(cache.docs, start, 1, axis=1)
                 docs = jax.lax.dynamic_update_slice_in_dim(cache.docs, docs, start + 1, axis=1)
         branch = None
@@ -248,7 +264,7 @@ class GPT(nnx.Module):
         """Mean cross-entropy in nats over all B·T targets, without float32 logits in memory."""
         x, _ = self.hidden(tokens, seed=seed)
         c = self.config
-        table = self.wte.embedding[...].astype(c.dtype)
+        table = self.wte.embedding[...]  # float32: its gradient is then not rounded to the computation's dtype
         return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, kernel=c.kernels)
 
 

@@ -30,7 +30,10 @@ RULES = (
 
 
 # Compiler flags for NVIDIA GPUs; docs/performance.md has what each gained
-XLA_GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
+XLA_GPU_FLAGS = (
+    "--xla_gpu_enable_triton_gemm=false",  # cuBLAS for all matrix products
+    "--xla_gpu_dot_merger_threshold_mb=0",  # do not merge the products of queries, keys, values: slices are copies
+)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

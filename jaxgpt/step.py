@@ -115,15 +115,31 @@ def create_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params
     return jax.jit(around, out_shardings=shardings)(params)
 
 
-def loss_fn(model_config: GPTConfig, params: Params, tokens: Integer[Array, "B T+1"], seed=None) -> Float[Array, ""]:
+def loss_fn(model_config: GPTConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:
     """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
     tokens = tokens.astype(jnp.int32)
     return bind(model_config, params).loss(tokens[:, :-1], tokens[:, 1:], seed=seed)
 
 
+def split_qkv(params: Params) -> Params:
+    """The parameters with every c_attn array as a list of its three parts, for queries, keys and values."""
+
+    def split(path, x):
+        return [x[..., i, :] for i in range(3)] if "c_attn" in jax.tree_util.keystr(path) else x
+
+    return jax.tree_util.tree_map_with_path(split, params)
+
+
+def join_qkv(params: Params) -> Params:
+    """The inverse of split_qkv."""
+    return jax.tree.map(
+        lambda x: jnp.stack(x, axis=-2) if isinstance(x, list) else x, params, is_leaf=lambda x: isinstance(x, list)
+    )
+
+
 def make_train_step(
     config: ConfigDict, model_config: GPTConfig, mesh: Mesh
-) -> Callable[[TrainState, Integer[Array, "K A B T+1"]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Integer[Array, "K A B T1"]], tuple[TrainState, Metrics]]:
     """The compiled function that takes K optimizer steps, each of A micro-steps of B sequences; the state is donated.
 
     Its metrics are arrays of K: loss, grad_norm (before clipping), lr, bad_steps. Where the loss or the gradient is not
@@ -151,11 +167,17 @@ def make_train_step(
             loss, grads = micro_step(params, scale, None if seeds is None else seeds[0], tokens[0])
         else:
 
-            def add(total, xs):
-                return jax.tree.map(jnp.add, total, micro_step(params, scale, *xs)), None
+            # Queries', keys' and values' weights are apart in the loop: the model slices them and their gradients are
+            # joined, each a copy that the compiler drops where the slices come from, and go back to, parts.
+            parts = split_qkv(params)
 
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            def add(total, xs):
+                loss, grads = micro_step(join_qkv(parts), scale, *xs)
+                return jax.tree.map(jnp.add, total, (loss, split_qkv(grads))), None
+
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parts))
             (loss, grads), _ = jax.lax.scan(add, zeros, (seeds, tokens))
+            grads = join_qkv(grads)
             loss, grads = jax.tree.map(lambda x: x / micro_steps, (loss, grads))
         return loss, grads
 
@@ -198,7 +220,7 @@ def make_train_step(
 
     get_updates = updates_by_multisteps if config.accumulation == "multisteps" else updates_by_sum
 
-    def one_step(state: TrainState, tokens: Integer[Array, "A B T+1"]) -> tuple[TrainState, Metrics]:
+    def one_step(state: TrainState, tokens: Integer[Array, "A B T1"]) -> tuple[TrainState, Metrics]:
         loss, updates, opt_state = get_updates(state, seeds_of(state.step, tokens.shape[0]), tokens)
         norm = opt_state[0]
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -214,7 +236,7 @@ def make_train_step(
         )
         return state, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": state.bad_steps}
 
-    def train_step(state: TrainState, tokens: Integer[Array, "K A B T+1"]) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, tokens: Integer[Array, "K A B T1"]) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(one_step, state, tokens)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
@@ -229,7 +251,7 @@ def make_train_step(
 
 def make_eval_step(
     model_config: GPTConfig, mesh: Mesh
-) -> Callable[[Params, Integer[Array, "1 A B T+1"]], Float[Array, " A"]]:
+) -> Callable[[Params, Integer[Array, "1 A B T1"]], Float[Array, " A"]]:
     """The compiled function that gives the mean loss in nats of each of A batches, dropout off."""
 
     def losses(params, tokens):

@@ -19,16 +19,17 @@ from jaxgpt.model import GPTConfig, Params, count_params
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
 
+COMPILE_LIMIT_S = EVALUATION_LIMIT_S = 3600.0  # bounds for the watchdog where stall_timeout is shorter
 SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     config, _ = parse_config(argv, Parser(prog="python -m jaxgpt.train", description=__doc__))
     configure_jax()
-    train(config)
+    return train(config)
 
 
-def train(config: ConfigDict) -> None:
+def train(config: ConfigDict) -> guard.Exit:
     """The whole run: mesh, data, state, step, loop. Writes nothing before all that a user can get wrong is checked."""
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     run = Path(config.out_dir)
@@ -42,7 +43,7 @@ def train(config: ConfigDict) -> None:
     if config.eval_only:
         params = checkpoints.restore({"params": abstract.params})[0]["params"] if resume else weights and weights.params
         print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params)))
-        return
+        return guard.Exit.DONE
 
     with guard.RunLock(run), guard.Stop() as stop, guard.Watchdog(config.stall_timeout) as watchdog:
         checkpoints.remove_leftovers()
@@ -51,10 +52,11 @@ def train(config: ConfigDict) -> None:
         else:
             state, info, step = create_state(config, model_config, mesh, weights and weights.params), {}, 0
         write_run_files(run, config, data, step)
-        train_step = make_train_step(config, model_config, mesh)
         n_params = count_params(state.params)
         flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
         k = choose_steps_per_call(config, step, flops)
+        with watchdog.allow("compilation", COMPILE_LIMIT_S):
+            train_step = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch(k)).compile()
         with (
             Reporter(run, config, first_step=step) as reporter,
             prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k) as batches,
@@ -64,7 +66,7 @@ def train(config: ConfigDict) -> None:
             while True:
                 if (step % config.eval_interval == 0 or step == config.max_iters) and info.get("evaluated") != step:
                     log.flush()
-                    with watchdog.paused():
+                    with watchdog.allow("evaluation", EVALUATION_LIMIT_S):
                         scores = evaluate(state.params)
                     reporter.say(evaluate.line(f"step {step}", scores))
                     reporter.record(step, scores)
@@ -73,16 +75,16 @@ def train(config: ConfigDict) -> None:
                     info = {**info, **best, "evaluated": step, "val_loss": scores["val_loss"]}
                     if step > 0 and (improved or config.always_save_checkpoint):
                         checkpoints.save(step, state, info)
-                if step == config.max_iters or stop.requested(step):
+                if step == config.max_iters or stop.requested():
                     break
                 state, metrics = train_step(state, next(batches)[1])
                 step += k
                 log.add(step, metrics)
-                watchdog.feed()
+                watchdog.beat()
             log.flush()
             checkpoints.save(step, state, info if info["evaluated"] == step else info | {"val_loss": None})
             checkpoints.wait()
-    stop.exit()
+    return guard.Exit.DONE if step == config.max_iters else guard.Exit.STOPPED
 
 
 def decide_resume(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> bool:
@@ -214,7 +216,8 @@ class StepLog:
                 if bad >= self._config.max_bad_steps:
                     raise UserError(
                         f"{bad} steps in a row up to {step} had no finite loss and gradient; the last good checkpoint "
-                        f"is in {self._config.out_dir}: resume from it with a lower learning_rate"
+                        f"is in {self._config.out_dir}: resume from it with a lower learning_rate",
+                        status=guard.Exit.DIVERGED,
                     )
             elif step % self._config.log_interval == 0:
                 mfu = f", mfu {100 * speed['mfu']:.2f}%" if "mfu" in speed else ""

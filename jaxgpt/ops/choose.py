@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt.ops.dropout import hash_bits
-from jaxgpt.ops.launch import launch, load, store
+from jaxgpt.ops.launch import launch, load
 
 
 class Rule(NamedTuple):
@@ -72,7 +72,7 @@ def _choose_row(x, noise, knobs, rule: Rule):
 
 
 def _threshold(x, weights, target):
-    """A t for which the weights where x >= t add up to `target` or more, but to less for any t above it. x is at most 0."""
+    """A t such that weights where x >= t add up to `target` or more, but to less for every t above. x is at most 0."""
 
     def to_float(key):  # keys are integers in the order of the floats
         return jax.lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)

@@ -1,4 +1,4 @@
-"""Mean cross-entropy of a linear layer's logits that makes the gradient in the forward pass, while the logits are at hand.
+"""Mean cross-entropy of a linear layer's logits, its gradient made in the forward pass while the logits are at hand.
 
 Nothing of the logits outlives the forward pass, and no float32 copy of them is ever in memory. The kernel holds a row
 of logits in registers: it is read once and overwritten by its gradient.
@@ -6,6 +6,7 @@ of logits in registers: it is read once and overwritten by its gradient.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,24 @@ from jaxgpt.ops.launch import exp2, launch, load, store
 LOG2_E = math.log2(math.e)
 
 
+def linear_cross_entropy(
+    x: Float[Array, "M C"],
+    w: Float[Array, "V C"],
+    targets: Int[Array, " M"],
+    *,
+    vocab_size: int,
+    chunks: int = 1,
+    kernel: bool = False,
+) -> Float[Array, ""]:
+    """Mean over rows of -log softmax(x @ w.T)[target] in nats, float32.
+
+    The product is computed in x's dtype. Rows of w from vocab_size on are padding: probability 0, gradient 0. The
+    gradient of w comes in w's dtype, so a float32 w gets an unrounded one. chunks: compute that many row blocks in
+    turn, to hold the logits of one at a time; it must divide M.
+    """
+    return _mean_loss(x, w, targets, vocab_size, chunks, kernel)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _mean_loss(x, w, targets, vocab_size: int, chunks: int, kernel: bool):
     return _chunked(x, w, targets, vocab_size, chunks, kernel, grad=False)[0]
@@ -24,7 +43,7 @@ def _mean_loss(x, w, targets, vocab_size: int, chunks: int, kernel: bool):
 
 def _forward(x, w, targets, vocab_size, chunks, kernel):
     loss, dx, dw = _chunked(x, w, targets, vocab_size, chunks, kernel, grad=True)
-    return loss, (dx, dw.astype(w.dtype))
+    return loss, (dx, dw.astype(w.dtype))  # their sums over rows, not yet means
 
 
 def _backward(vocab_size, chunks, kernel, residuals, cotangent):
@@ -36,48 +55,47 @@ def _backward(vocab_size, chunks, kernel, residuals, cotangent):
 _mean_loss.defvjp(_forward, _backward)
 
 
-def _chunked(x, w, targets, vocab_size, chunks, kernel, grad):
+def _chunked(x, w, targets, vocab_size, chunks, kernel, grad) -> tuple[Array, Any, Any]:
     """The mean loss and, if asked for, the gradients of the summed loss: dx in x's dtype and dw in float32."""
     w = w.astype(x.dtype)
     rows = _rows_kernel if kernel else _rows_plain
 
     def chunk(dw, x_and_targets):
         x, targets = x_and_targets
-        logits = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))  # bfloat16 out, float32 sums inside
-        loss, dlogits = rows(logits, targets, vocab_size, grad)
+        logits = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))  # in x's dtype, summed in float32
+        loss, *dlogits = rows(logits, targets, vocab_size, grad)
         if not grad:
             return dw, (loss, None)
-        dx = dlogits @ w
-        return dw + jax.lax.dot_general(dlogits, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32), (
-            loss,
-            dx,
-        )
+        dx = dlogits[0] @ w
+        part = jax.lax.dot_general(dlogits[0], x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return part if dw is None else dw + part, (loss, dx)
 
     if chunks == 1:
-        dw, (loss, dx) = chunk(0.0, (x, targets))
+        dw, (loss, dx) = chunk(None, (x, targets))
     else:
         parts = x.reshape(chunks, -1, x.shape[1]), targets.reshape(chunks, -1)
-        dw, (loss, dx) = jax.lax.scan(chunk, jnp.zeros(w.shape if grad else (), jnp.float32), parts)
+        dw, (loss, dx) = jax.lax.scan(chunk, jnp.zeros(w.shape, jnp.float32) if grad else None, parts)
     return loss.mean(), None if dx is None else dx.reshape(x.shape), dw
 
 
 def _rows_plain(logits, targets, vocab_size, grad):
+    """Each row's loss and, if asked for, its gradient with respect to the logits, in their dtype."""
     columns = jnp.arange(logits.shape[1])
     masked = jnp.where(columns < vocab_size, logits.astype(jnp.float32), -jnp.inf)
     lse = jax.nn.logsumexp(masked, axis=1)
     loss = lse - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0].astype(jnp.float32)
     if not grad:
-        return loss, None
-    dlogits = jnp.exp(masked - lse[:, None]) - (columns == targets[:, None])
-    return loss, dlogits.astype(logits.dtype)
+        return [loss]
+    return [loss, (jnp.exp(masked - lse[:, None]) - (columns == targets[:, None])).astype(logits.dtype)]
 
 
 def _rows_kernel(logits, targets, vocab_size, grad):
+    """The same, the gradient in place of the logits."""
     m, v = logits.shape
     num_warps = min(16, max(1, pl.next_power_of_2(v) // 256))
     row = pl.BlockSpec((None, v), lambda i: (i, 0))
     one = pl.BlockSpec((1,), lambda i: (i,))
-    outs = launch(
+    return launch(
         functools.partial(_row_kernel, vocab_size=vocab_size, width=num_warps * 256),
         logits,
         targets.astype(jnp.int32),
@@ -88,7 +106,6 @@ def _rows_kernel(logits, targets, vocab_size, grad):
         num_warps=num_warps,
         aliases={0: 1} if grad else {},
     )
-    return outs[0], outs[1] if grad else None
 
 
 def _row_kernel(logits, target, loss, dlogits=None, *, vocab_size: int, width: int, interpret: bool):
@@ -111,21 +128,3 @@ def _row_kernel(logits, target, loss, dlogits=None, *, vocab_size: int, width: i
             p = jnp.where(iota == target - start, p - 1, p)
             mask = None if start + width <= v else iota < v - start
             store(dlogits.at[iota + start], p.astype(dlogits.dtype), mask=mask)
-
-
-def linear_cross_entropy(
-    x: Float[Array, "M C"],
-    w: Float[Array, "V C"],
-    targets: Int[Array, " M"],
-    *,
-    vocab_size: int,
-    chunks: int = 1,
-    kernel: bool = False,
-) -> Float[Array, ""]:
-    """Mean over rows of -log softmax(x @ w.T)[target] in nats, float32.
-
-    The product is computed in x's dtype. Rows of w from vocab_size on are padding: probability 0, gradient 0. The
-    gradient of w comes in w's dtype, so a float32 w gets an unrounded one. chunks: compute that many row blocks in
-    turn, to hold the logits of one at a time; it must divide M.
-    """
-    return _mean_loss(x, w, targets, vocab_size, chunks, kernel)

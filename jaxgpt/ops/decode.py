@@ -4,15 +4,13 @@ A layer is five of them (`linear` four times, `attend` once), a token 5 L + 3. W
 reads whole rows of them, and each weight is read once for all B rows. Sums are float32.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
-from jaxgpt.ops.gelu import gelu
 from jaxgpt.ops.launch import launch, load, store
 
 Norm = tuple[Float[Array, " K"], Float[Array, " K"] | None]  # scale and bias of a layer norm
@@ -31,8 +29,7 @@ def linear(
     """residual + gelu(layer_norm(x) @ w.T + bias), each part but the product optional; in `dtype`, by default x's."""
     (batch, k), o = x.shape, w.shape[0]
     k_pad = pl.next_power_of_2(k)
-    block = 4 if o * k < 1 << 20 else 8  # rows of w for a program: enough programs to fill the GPU
-    num_warps = min(8, max(1, block * k_pad // (32 * 32)))
+    block, num_warps = _tile(o, k_pad)
     optional = {"scale": norm and norm[0], "shift": norm and norm[1], "bias": bias, "residual": residual}
     given = {name: array for name, array in optional.items() if array is not None}
 
@@ -68,8 +65,14 @@ def linear(
     return launch(kernel, x, w, *given.values(), out=out, grid=pl.cdiv(o, block), num_warps=num_warps)[0]
 
 
+def _tile(o: int, k: int) -> tuple[int, int]:
+    """Rows of w for a program, and its warps: enough programs to fill the GPU, enough of w in flight in each."""
+    block = 4 if o * k <= 1 << 22 else 8
+    return block, min(8, max(1, block * k // 1024))
+
+
 def attend(
-    qkv: Float[Array, "B 3C"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], length: Int[Array, ""]
+    qkv: Float[Array, "B _"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], length: Int[Array, ""]
 ) -> tuple[Float[Array, "B C"], Float[Array, "B S N H"], Float[Array, "B S N H"]]:
     """Attention of one new token a row over the `length` before it and itself; the caches, with it added in place."""
     batch, slots, heads, size = k.shape

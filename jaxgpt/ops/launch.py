@@ -21,7 +21,7 @@ def launch(
     out_specs: Sequence[pl.BlockSpec] | None = None,
     num_warps: int,
     aliases: dict[int, int] | None = None,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Runs `grid` programs of `kernel`; out: the outputs' shapes and dtypes; aliases: input index -> output index.
 
     Triton computes on blocks whose sizes are powers of two, so kernels load and store with masks, through `load` and
@@ -62,8 +62,8 @@ def sigmoid(x: Array, interpret: bool) -> Array:
     """1 / (1 + exp(-x)) in float32, for kernels: four instructions, relative error 2^-20."""
     if interpret:
         return 1 / (1 + jnp.exp(-x))
-    log2_e = _literal(-math.log2(math.e))
-    return _asm(f"mul.f32 t, $1, {log2_e}; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;", x)
+    power = f"mul.f32 t, $1, {_literal(-math.log2(math.e))}; ex2.approx.ftz.f32 t, t;"
+    return _asm(f"{power} add.f32 t, t, {_literal(1)}; rcp.approx.ftz.f32 $0, t;", x)
 
 
 def _asm(code: str, *args: Array) -> Array:

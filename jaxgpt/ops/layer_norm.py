@@ -34,20 +34,25 @@ def add_layer_norm(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _add_norm(x, delta, scale, bias, eps: float, kernel: bool):
-    return (_add_norm_kernel if kernel else _add_norm_plain)(x, delta, scale, bias, eps)
+    return _forward(x, delta, scale, bias, eps, kernel)[0]
 
 
 def _forward(x, delta, scale, bias, eps, kernel):
-    residual, normed = _add_norm(x, delta, scale, bias, eps, kernel)
+    residual, normed = (_add_norm_kernel if kernel else _add_norm_plain)(x, delta, scale, bias, eps)
     return (residual, normed), (residual, delta is not None, scale, bias)
 
 
 def _backward(eps, kernel, saved, cotangents):
     residual, has_delta, scale, bias = saved
+    d_residual, d_normed = cotangents
     gradient = _gradient_kernel if kernel else _gradient_plain
-    dx, dscale, dbias = gradient(residual, *cotangents, scale, eps, bias is not None)
-    dbias = None if bias is None else dbias.astype(bias.dtype)
-    return dx, dx if has_delta else None, dscale.astype(scale.dtype), dbias
+    dx, dscale, dbias = gradient(residual, d_residual, d_normed, scale, eps, bias is not None)
+    return (
+        dx,
+        dx if has_delta else None,
+        dscale.astype(scale.dtype),
+        None if dbias is None else dbias.astype(scale.dtype),
+    )
 
 
 _add_norm.defvjp(_forward, _backward)
@@ -76,19 +81,22 @@ def _gradient_plain(residual, d_residual, d_normed, scale, eps, has_bias):
     return dx, (dy * normal).sum(0), dy.sum(0) if has_bias else None
 
 
+# the kernels' callers are jitted so that a model traces and lowers each once, not once a layer
+@functools.partial(jax.jit, static_argnums=4)
 def _add_norm_kernel(x, delta, scale, bias, eps):
     outs = [(x.shape, x.dtype)] * (1 if delta is None else 2)
-    normed, *residual = _launch(_add_norm_program, [x, delta, scale, bias], outs, x.shape[0] // ROWS, eps=eps)
+    normed, *residual = _launch(_layer_norm_forward, [x, delta, scale, bias], outs, x.shape[0] // ROWS, eps=eps)
     return x if delta is None else residual[0], normed
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _gradient_kernel(residual, d_residual, d_normed, scale, eps, has_bias):
     m, c = residual.shape
     steps = pl.next_power_of_2(pl.cdiv(m, ROWS * 512))  # hence up to 512 programs, four for each multiprocessor
     programs = pl.cdiv(m, ROWS * steps)
     outs = [((m, c), residual.dtype)] + [((programs, c), jnp.float32)] * (2 if has_bias else 1)
     dx, *sums = _launch(
-        _gradient_program, [residual, d_residual, d_normed, scale], outs, programs, eps=eps, steps=steps
+        _layer_norm_backward, [residual, d_residual, d_normed, scale], outs, programs, eps=eps, steps=steps
     )
     dscale, dbias = [s.sum(0) for s in sums] + [None] * (not has_bias)
     return dx, dscale, dbias
@@ -101,10 +109,11 @@ def _launch(program, arrays, outs, grid, **static):
         refs = iter(refs)
         program(*[next(refs) if g else None for g in given], *refs, **static)
 
+    kernel.__name__ = program.__name__  # what profiles show
     return launch(kernel, *[a for a in arrays if a is not None], out=outs, grid=grid, num_warps=ROWS)
 
 
-def _add_norm_program(x, delta, scale, bias, normed, residual=None, *, eps: float):
+def _layer_norm_forward(x, delta, scale, bias, normed, residual=None, *, eps: float):
     tiles = _Tiles(pl.program_id(0) * ROWS, *x.shape)
     total = tiles.load(x)
     if delta is not None:
@@ -117,7 +126,7 @@ def _add_norm_program(x, delta, scale, bias, normed, residual=None, *, eps: floa
     tiles.store(normed, y)
 
 
-def _gradient_program(residual, d_residual, d_normed, scale, dx, dscale, dbias=None, *, eps: float, steps: int):
+def _layer_norm_backward(residual, d_residual, d_normed, scale, dx, dscale, dbias=None, *, eps: float, steps: int):
     """steps * ROWS rows; their part of the gradients of scale and bias goes to this program's row of those."""
     program = pl.program_id(0)
 
@@ -134,14 +143,14 @@ def _gradient_program(residual, d_residual, d_normed, scale, dx, dscale, dbias=N
     count = pl.cdiv(residual.shape[1], WIDTH)
     zeros = [jnp.zeros((ROWS, WIDTH), jnp.float32)] * (count if dbias is None else 2 * count)
     sums = jax.lax.fori_loop(0, steps, step, zeros)
-    for ref, parts in zip((dscale, dbias), (sums[:count], sums[count:]), strict=True):
-        for start, part in zip(range(0, residual.shape[1], WIDTH), parts, strict=False):
-            column = jnp.arange(WIDTH) + start
-            store(ref.at[program, column], part.sum(0), mask=column < residual.shape[1])
+    for i, part in enumerate(sums):
+        column = i % count * WIDTH + jnp.arange(WIDTH)
+        target = dscale if dbias is None or i < count else dbias
+        store(target.at[program, column], part.sum(0), mask=column < residual.shape[1])
 
 
 class _Tiles:
-    """ROWS rows of a matrix as WIDTH-wide tiles in float32, 0 where they pass its edge (at the bottom: if `bounded`)."""
+    """ROWS rows of a matrix as WIDTH-wide tiles in float32, 0 past its right edge (and, if `bounded`, its bottom)."""
 
     def __init__(self, row, height: int, width: int, bounded: bool = False):
         rows, column = row + jnp.arange(ROWS)[:, None], jnp.arange(WIDTH)[None, :]
