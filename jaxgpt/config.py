@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import re
 import sys
@@ -234,11 +235,14 @@ def read_config(folder: Path) -> ConfigDict:
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs an entry point, whose result is the exit status: a UserError becomes one line, `error: …`, and its status."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     try:
         status = main(sys.argv[1:])
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(e.status)
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells do
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(1)

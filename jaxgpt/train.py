@@ -1,5 +1,6 @@
 """Train a GPT: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxgpt.model import GPTConfig, Params, count_params
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
 
-COMPILE_LIMIT_S = EVALUATION_LIMIT_S = 3600.0  # bounds for the watchdog where stall_timeout is shorter
+SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter
 SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
@@ -45,18 +46,23 @@ def train(config: ConfigDict) -> guard.Exit:
         print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params)))
         return guard.Exit.DONE
 
-    with guard.RunLock(run), guard.Stop() as stop, guard.Watchdog(config.stall_timeout) as watchdog:
+    with (
+        guard.RunLock(run),
+        contextlib.closing(checkpoints),
+        guard.Stop() as stop,
+        guard.Watchdog(config.stall_timeout) as watchdog,
+    ):
         checkpoints.remove_leftovers()
-        if resume:
-            state, info, step = checkpoints.restore(abstract)
-        else:
-            state, info, step = create_state(config, model_config, mesh, weights and weights.params), {}, 0
-        write_run_files(run, config, data, step)
-        n_params = count_params(state.params)
-        flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
-        k = choose_steps_per_call(config, step, flops)
-        with watchdog.allow("compilation", COMPILE_LIMIT_S):
-            train_step = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch(k)).compile()
+        with watchdog.allow("start", SLOW_LIMIT_S):
+            if resume:
+                state, info, step = checkpoints.restore(abstract)
+            else:
+                state, info, step = create_state(config, model_config, mesh, weights and weights.params), {}, 0
+            write_run_files(run, config, data, step)
+            n_params = count_params(state.params)
+            flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
+            k = choose_steps_per_call(config, step, flops)
+            train_step = make_train_step(config, model_config, mesh).lower(state, data.abstract_batch(k)).compile()
         with (
             Reporter(run, config, first_step=step) as reporter,
             prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k) as batches,
@@ -66,7 +72,7 @@ def train(config: ConfigDict) -> guard.Exit:
             while True:
                 if (step % config.eval_interval == 0 or step == config.max_iters) and info.get("evaluated") != step:
                     log.flush()
-                    with watchdog.allow("evaluation", EVALUATION_LIMIT_S):
+                    with watchdog.allow("evaluation", SLOW_LIMIT_S):
                         scores = evaluate(state.params)
                     reporter.say(evaluate.line(f"step {step}", scores))
                     reporter.record(step, scores)
@@ -74,7 +80,8 @@ def train(config: ConfigDict) -> guard.Exit:
                     best = {"best_val_loss": scores["val_loss"], "best_step": step} if improved else {}
                     info = {**info, **best, "evaluated": step, "val_loss": scores["val_loss"]}
                     if step > 0 and (improved or config.always_save_checkpoint):
-                        checkpoints.save(step, state, info)
+                        with watchdog.allow("save", SLOW_LIMIT_S):
+                            checkpoints.save(step, state, info)
                 if step == config.max_iters or stop.requested():
                     break
                 state, metrics = train_step(state, next(batches)[1])
@@ -82,8 +89,11 @@ def train(config: ConfigDict) -> guard.Exit:
                 log.add(step, metrics)
                 watchdog.beat()
             log.flush()
-            checkpoints.save(step, state, info if info["evaluated"] == step else info | {"val_loss": None})
-            checkpoints.wait()
+            with watchdog.allow("save", SLOW_LIMIT_S):
+                checkpoints.save(step, state, info if info["evaluated"] == step else info | {"val_loss": None})
+                saved = checkpoints.wait()
+    if not saved:
+        raise UserError(f"the last checkpoint is not saved in {run}; make room and resume", guard.Exit.FAILURE)
     return guard.Exit.DONE if step == config.max_iters else guard.Exit.STOPPED
 
 

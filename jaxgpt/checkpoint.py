@@ -1,0 +1,394 @@
+"""Checkpoints: Orbax writes the arrays, digests prove them. The only module that touches Orbax and TensorStore.
+
+`out_dir/checkpoints/<step>/` holds `state/`, the state as Orbax wrote it, a flat tree {path: array}; and `record.json`:
+{step, info, arrays: {path: [dtype, shape, digest]}, files: {name: [bytes, sha256 of small ones]}, seal}. A folder gets
+its name after all of it has been written, synced and read back, and only then older ones go. No pickle is involved.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.experimental import multihost_utils
+
+from jaxgpt import UserError
+
+log = logging.getLogger(__name__)
+# Orbax narrates each save through absl's logger, failures with a traceback; they all reach us as exceptions, see below.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
+SAVE_TIMEOUT_S = 600  # bounds a save in the background, and the wait for a process that failed to write its part
+SMALL_FILE = 2**20  # files up to this many bytes are hashed whole; larger ones hold arrays, which have their digests
+# What Orbax, TensorStore and json are known to raise over a damaged file, a full disk or a mount that went away.
+FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder. Restoring writes nothing; saving needs the run's lock (guard.RunLock).
+
+    With several processes each calls every method, in the same order. The best checkpoint is the one whose
+    `info["val_loss"]` is lowest; it is kept besides the newest `keep`.
+    """
+
+    def __init__(self, out_dir: str | os.PathLike, *, keep: int = 2):
+        self.folder, self.keep = Path(out_dir).absolute() / "checkpoints", max(1, keep)
+        self._first = jax.process_index() == 0
+        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None  # of the save in the background
+        self._saving: tuple[int, dict] | None = None  # step and info of that save
+        self._saved: tuple[int, dict] | None = None  # of the newest known to be on disk, saved or restored
+        self._ok = True  # whether the last save succeeded
+        self._unsound: set[int] = set()
+
+    # --- what is there ---
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending, sound or not: empty means that there is nothing to resume."""
+        return _from_first(self._steps())
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, if any has one."""
+        return next(iter(_from_first(self._ranked(self._infos())[:1])), None)
+
+    def _steps(self) -> list[int]:
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,8}", name))
+
+    def _infos(self) -> dict[int, dict]:
+        """Step to info, ascending, of the checkpoints whose record is whole."""
+        infos = {}
+        for step in sorted(set(self._steps()) - self._unsound):
+            try:
+                infos[step] = self._record(step)["info"]
+            except ValueError as error:
+                log.debug("checkpoint %d: %s", step, error)
+        return infos
+
+    @staticmethod
+    def _ranked(infos: dict[int, dict]) -> list[int]:
+        """Steps with a finite validation loss, best first; of equals the older."""
+        losses = [(info.get("val_loss"), step) for step, info in infos.items()]
+        return [step for _, step in sorted((x, step) for x, step in losses if x is not None and math.isfinite(x))]
+
+    def _record(self, step: int) -> dict:
+        """The checkpoint's record, its seal checked. Raises ValueError."""
+        try:
+            record = json.loads((self.folder / str(step) / "record.json").read_text())
+            whole = record["seal"] == _seal(record) and record["step"] == step
+        except FAILURES as error:
+            raise ValueError(f"record.json cannot be read ({_brief(error)})") from None
+        if not whole:
+            raise ValueError("record.json does not match its seal")
+        return record
+
+    # --- saving ---
+
+    def save(self, step: int, state: Any, info: dict) -> None:
+        """Saves `state`, a pytree of jax arrays, in the background; it may be donated as soon as this returns.
+
+        `info` is a small JSON dictionary; `val_loss` in it ranks the checkpoint. A failure is logged, here or by the
+        next call, the run goes on, and older checkpoints stay. A step that is on disk already is not saved again; if
+        `info` brings a validation loss that it lacks there, `info` replaces what its record says.
+        """
+        self.wait()
+        info = json.loads(json.dumps(info, default=lambda x: x.item()))
+        relabel = self._saved is not None and self._saved[0] == step
+        if self._saved and relabel and (info.get("val_loss") is None or self._saved[1].get("val_loss") is not None):
+            return
+        arrays, _ = _flat(state)
+        sums = {} if relabel else digests(arrays)
+        record = {"step": step, "info": info, "arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items() if sums}}
+        self._saving, working = (step, info), self.folder / f"{step}{TMP}"
+        try:
+            if self._first and relabel:
+                _write_record(self.folder / str(step), {**self._record(step), "info": info})
+            elif self._first:  # a folder that cannot be written is found out before any process waits for another
+                shutil.rmtree(working, ignore_errors=True)
+                working.mkdir(parents=True)
+        except FAILURES as error:
+            self._error = error
+        if relabel or not _everywhere(self._error is None):
+            self.wait()
+            return
+        try:
+            if self._orbax is None:
+                handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+                self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_TIMEOUT_S)
+            self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
+        except FAILURES as error:
+            self._error = error
+        self._thread = threading.Thread(target=self._finish, args=(self._orbax, record, working), name="checkpoint")
+        self._thread.start()
+
+    def _finish(self, orbax: ocp.AsyncCheckpointer, record: dict, working: Path) -> None:
+        """In the background: awaits the writes of all processes, then process 0 commits."""
+        try:
+            orbax.wait_until_finished()
+            if self._first and self._error is None:
+                self._commit(record, working)
+        except FAILURES as error:
+            self._error = self._error or error
+        if self._first:
+            shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
+
+    def _commit(self, record: dict, working: Path) -> None:
+        """Reads the new checkpoint back, gives it its record and name, then removes what is no longer kept."""
+        for name, store in _open(working, record["arrays"]).items():  # one at a time: memory for the largest alone
+            if _host_digest(np.asarray(store.read().result())) != record["arrays"][name][2]:
+                raise ValueError(f"array {name} reads back differently")
+        _write_record(working, {**record, "files": _files(working)})
+        for path in (*working.rglob("*"), working) if os.name == "posix" else ():  # a commit outlives a power cut
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        final = self.folder / str(record["step"])
+        if final.exists():  # damaged and passed over, or of a branch that the run has left
+            self._remove(record["step"])
+        working.rename(final)
+        self._unsound.discard(record["step"])
+        # Later steps than the one just saved belong to a branch that the run has left by resuming before them: they go.
+        infos = {step: info for step, info in self._infos().items() if step <= record["step"]}
+        for step in set(self._steps()) - {*list(infos)[-self.keep :], *self._ranked(infos)[:1]}:
+            try:
+                self._remove(step)
+            except OSError as error:
+                log.warning("checkpoint %d is no longer needed but cannot be removed: %s", step, _brief(error))
+
+    def _remove(self, step: int) -> None:
+        """Renames first: a removal cut short must not leave half a checkpoint."""
+        shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}-old{TMP}"))
+
+    def wait(self) -> bool:
+        """Waits for the save in the background; whether the last save succeeded, on all processes."""
+        if self._saving is None:
+            return self._ok
+        self.close()
+        step, error, kept = self._saving[0], self._error, self._saved
+        self._ok = _everywhere(error is None)
+        if self._ok:
+            self._saved = self._saving
+        elif error is not None or self._first:
+            why = "another process failed" if error is None else _brief(error)
+            then = f"the newest on disk is {kept[0]}" if kept else "there is none on disk yet"
+            log.error("CHECKPOINT %d NOT SAVED in %s: %s; the run goes on, %s", step, self.folder, why, then)
+        self._saving, self._error = None, None
+        return self._ok
+
+    def close(self) -> None:
+        """Lets a save in the background end, asking no other process: for the way out after an error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed saves and removals left. For a run that holds its folder's lock, at its start."""
+        for path in self.folder.glob(f"*{TMP}") if self._first else ():
+            shutil.rmtree(path, ignore_errors=True)
+
+    # --- restoring ---
+
+    def restore(self, abstract_state: Any, which: Literal["latest", "best"] | int = "latest") -> tuple[Any, dict, int]:
+        """(state, info, step) of the checkpoint asked for, or of the newest sound one, saying what was passed over.
+
+        `abstract_state` is the saved pytree, or some of its top-level fields ({"params": …} leaves the optimizer state
+        unread), as ShapeDtypeStructs whose shardings (default: the first local device) need not be those it was saved
+        with. Every array is checked against its digest. Raises UserError if nothing sound fits.
+        """
+        self.wait()
+        wanted, treedef = _flat(abstract_state)
+        steps = [step for step in reversed(self._steps()) if isinstance(which, str) or step == which]
+        best = self._ranked(self._infos())[:1] if which == "best" else []
+        problems, other_model = [], ""
+        for step in _from_first(list(dict.fromkeys(best + steps))):
+            record, arrays, problem = {}, {}, ""
+            try:
+                record = self._record(step)
+                problem = _difference(record, wanted)
+                other_model = other_model or problem
+                arrays = {} if problem else self._read(record, wanted)
+            except FAILURES as error:
+                problem = _brief(error)
+            if not _everywhere(not problem):
+                problem = problem or "another process cannot read it"
+            else:  # from here on every process sees the same
+                altered = [path for path, digest in digests(arrays).items() if digest != record["arrays"][path][2]]
+                problem = f"array {altered[0]} does not match its digest" if altered else ""
+            if not problem:
+                for text in problems if self._first else ():
+                    log.warning("%s; using checkpoint %d", text, step)
+                self._saved = step, record["info"]
+                return treedef.unflatten(arrays[path] for path in wanted), record["info"], step
+            self._unsound.add(step)
+            problems.append(f"checkpoint {step} passed over: {problem}")
+        if other_model:
+            raise UserError(f"{self.folder} holds another model: {other_model}; give the settings it was trained with")
+        if problems:
+            raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(problems)}")
+        raise UserError(f"no checkpoint{'' if isinstance(which, str) else f' {which}'} in {self.folder}; check out_dir")
+
+    def _read(self, record: dict, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+        """The wanted arrays, their digests not yet checked. Raises one of FAILURES."""
+        path = self.folder / str(record["step"])
+        found = _files(path)
+        if damaged := [name for name, of in record["files"].items() if found.get(name) != of]:
+            raise ValueError(f"file {damaged[0]} is {'altered' if damaged[0] in found else 'missing'}")
+        local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stores = _open(path, wanted)
+        return {name: _load(store, getattr(wanted[name], "sharding", None) or local) for name, store in stores.items()}
+
+
+# --- digests ---
+
+
+def _fold(xp, words, index):
+    """Two 32-bit sums over elements, each mixed with its position (murmur3's finalizer). The order of summing is free,
+    so any mesh gives the same; a change of one element always changes both."""
+    h = words ^ (index * np.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
+    h = h ^ (h >> np.uint32(16))
+    return xp.sum(h, dtype=np.uint32), xp.sum(h * (index * np.uint32(2) + np.uint32(1)), dtype=np.uint32)
+
+
+def _unsigned(dtype) -> Any:
+    return {1: np.uint8, 2: np.uint16}.get(np.dtype(dtype).itemsize, np.uint32)
+
+
+@jax.jit
+def _device_sums(x: jax.Array):
+    bits = x.astype(np.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, _unsigned(x.dtype))
+    index, stride = jnp.zeros(bits.shape, np.uint32), 1  # row-major position modulo 2^32
+    for axis in reversed(range(bits.ndim)):
+        index += jax.lax.broadcasted_iota(np.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return _fold(jnp, bits.astype(np.uint32), index)
+
+
+def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
+    """64-bit digest of each array's bits, computed where it lies; the same on any mesh and any number of processes."""
+    # One after the other: with CPU devices, the reductions of several arrays at once can wait for each other forever.
+    sums = {path: jax.device_get(_device_sums(x)) for path, x in arrays.items()}
+    return {path: f"{a:08x}{b:08x}" for path, (a, b) in sums.items()}
+
+
+def _host_digest(x: np.ndarray) -> str:
+    """`digests` of an array in host memory, block by block to stay in cache."""
+    bits, sums = np.ascontiguousarray(x).reshape(-1).view(_unsigned(x.dtype)), np.zeros(2, np.uint32)
+    for start in range(0, bits.size, 2**18):
+        words = bits[start : start + 2**18].astype(np.uint32)
+        index = (np.arange(start, start + words.size) % 2**32).astype(np.uint32)
+        sums += np.array(_fold(np, words, index), np.uint32)
+    return f"{sums[0]:08x}{sums[1]:08x}"
+
+
+# --- names, records, files ---
+
+
+def _flat(tree: Any) -> tuple[dict[str, Any], Any]:
+    """({"params.h.0.ln_1.scale": leaf, …}, treedef): names that do not depend on the containers' types."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}, treedef
+
+
+def _kind(x: Any) -> tuple[str, list[int]]:
+    return np.dtype(x.dtype).name, list(x.shape)
+
+
+def _difference(record: dict, wanted: dict[str, Any]) -> str:
+    """How the arrays on record differ from the wanted ones in name, type or shape; "" if they do not."""
+    fields = {path.split(".")[0] for path in wanted}
+    there = {path: (of[0], of[1]) for path, of in record["arrays"].items() if path.split(".")[0] in fields}
+    here = {path: _kind(x) for path, x in wanted.items()}
+    differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
+    if not differing:
+        return ""
+    one, other = ("{}{}".format(*of[differing[0]]) if differing[0] in of else "absent" for of in (there, here))
+    more = f" (and {len(differing) - 1} more)" if differing[1:] else ""
+    return f"{differing[0]} is {one} there, {other} here{more}"
+
+
+def _seal(record: dict) -> str:
+    text = json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_record(folder: Path, record: dict) -> None:
+    new = folder / f"record.json{TMP}"
+    with new.open("w") as file:
+        json.dump({**record, "seal": _seal(record)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(folder / "record.json")
+
+
+def _files(folder: Path) -> dict[str, list]:
+    """{name: [bytes, sha256 or None]} of every file below folder/state."""
+    files = {}
+    for path in (path for path in (folder / "state").rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= SMALL_FILE else None
+        files[path.relative_to(folder).as_posix()] = [size, digest]
+    return files
+
+
+def _brief(error: BaseException) -> str:
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + re.split(r"\n| in OCDBT | \[tensorstore", str(error) or type(error).__name__)[0][:300]
+
+
+# --- arrays on disk ---
+
+
+def _open(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
+    """Each named array as Orbax laid it out: zarr in one OCDBT database. Raises ValueError.
+
+    TensorStore reads here rather than Orbax: over a damaged file, Orbax's event loop ends before its reads do and fills
+    the terminal with their tracebacks; and any array can be read alone, on any process, at any time.
+    """
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/state/"}}
+    context, spec = ts.Context(), {"driver": "zarr", "open": True, "fill_missing_data_reads": False}
+    opening = {name: ts.open({**spec, "kvstore": {**database, "path": f"{name}/"}}, context=context) for name in names}
+    return {name: future.result() for name, future in opening.items()}
+
+
+def _load(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array on the devices, each process reading what its own devices hold, and that once."""
+    blocks: dict[str, np.ndarray] = {}
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        if str(index) not in blocks:
+            blocks[str(index)] = store[index or ()].read().result()
+        return blocks[str(index)]
+
+    return jax.make_array_from_callback(store.shape, sharding, block)
+
+
+# --- agreement between processes ---
+
+
+def _everywhere(ok: bool) -> bool:
+    """True if `ok` on every process (each must call)."""
+    return ok if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def _from_first(steps: list[int]) -> list[int]:
+    """Process 0's steps (the first 64) on every process, so that all decide alike, whatever their file systems show."""
+    if jax.process_count() == 1:
+        return steps
+    table = np.array([*steps[:64], *[-1] * (64 - len(steps))], np.int32)
+    return [int(step) for step in np.asarray(multihost_utils.broadcast_one_to_all(table)) if step >= 0]

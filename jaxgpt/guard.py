@@ -1,0 +1,233 @@
+"""What keeps a long run safe from its surroundings: one writer per folder, signals, stalls, torn metrics."""
+
+import contextlib
+import enum
+import faulthandler
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxgpt import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: one writer per folder is then up to the user
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+LOCK_HELD_GRACE_S = 30.0  # how long the watchdog's thread may wait for the interpreter's lock
+
+
+class Exit(enum.IntEnum):
+    """Exit statuses of a run, for schedulers. A second signal ends it with 128 + the signal's number, as shells do."""
+
+    DONE = 0
+    FAILURE = 1  # a bug or a broken machine: a traceback tells
+    USER_ERROR = 2  # one line, `error: …`; starting it again changes nothing
+    STOPPED = 75  # by a signal, saved: start it again with init_from=auto (EX_TEMPFAIL of sysexits.h)
+    STALLED = 76  # no step within stall_timeout: start it again with init_from=auto
+    DIVERGED = 77  # max_bad_steps non-finite steps in a row
+
+
+class RunLock:
+    """A context in which this run alone writes to `folder`, made if it does not exist.
+
+    The system drops the lock when its process ends, however it ends. With several processes each enters; process 0
+    holds the lock for all. Raises UserError, having changed nothing, if another run holds it or the folder cannot be
+    written.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self._path = Path(folder).absolute() / ".lock"
+        self._handle = -1
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "RunLock":
+        problem = self._take() if jax.process_index() == 0 else ""
+        if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(problem != ""))):
+            problem = problem or "process 0 could not lock the run's folder; see its message"
+        if problem:
+            self._release()
+            raise UserError(problem)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._release()
+
+    def _take(self) -> str:
+        """Takes the lock; says why if it cannot."""
+        folder = self._path.parent
+        try:
+            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            while fcntl:
+                self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.read(self._handle, 200).decode(errors="replace") or "another process"
+                    os.close(self._handle)
+                    self._handle = -1
+                    return f"{folder} is in use by {holder}; wait for it, stop it, or choose another out_dir"
+                except OSError as error:  # a network file system without locks
+                    log.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.stat(self._path), os.fstat(self._handle)):
+                        os.ftruncate(self._handle, 0)
+                        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                        break
+                os.close(self._handle)  # its last holder removed the file between our opening and locking it: again
+        except OSError as error:
+            return f"out_dir {folder} cannot be written: {error.strerror or error}; choose another out_dir"
+        return ""
+
+    def _release(self) -> None:
+        if self._handle >= 0:
+            with contextlib.suppress(OSError):
+                self._path.unlink()  # while it is held: whoever has opened it meanwhile sees that it is gone
+            os.close(self._handle)
+            self._handle = -1
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # not empty, or its mount went away
+                folder.rmdir()
+
+
+class Stop:
+    """A context in which SIGTERM and SIGINT ask the run to stop, and a second one ends it at once.
+
+    Enter it after `jax.distributed.initialize`. With one process the signals are handled here, by a thread, so that a
+    compilation cannot hold them up. With several, SIGTERM stays with JAX's preemption service (a Python handler would
+    turn that off): a notice to any process makes `requested` true on all of them, at the same call.
+    """
+
+    def __init__(self) -> None:
+        self._several = jax.process_count() > 1
+        self._signal = 0  # the first one received
+        self._asked = 0
+        self._old: dict[int, Any] = {}  # handlers to put back
+        self._old_fd = -1
+        self._bell: socket.socket | None = None  # gets a byte, the signal's number, from C as soon as a signal arrives
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            ear, self._bell = socket.socketpair()
+            self._bell.setblocking(False)
+            self._old_fd = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+            self._handle(signal.SIGINT)
+            if not self._several:
+                self._handle(signal.SIGTERM)
+            threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bell:
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_fd)
+            self._bell.close()  # ends the thread
+
+    def requested(self) -> bool:
+        """Whether to stop now: save, and exit with Exit.STOPPED. With several processes each calls it equally often,
+        and at least once a step; all get True at the same call, and from then on."""
+        self._asked += 1
+        if self._several and not self._signal and multihost_utils.reached_preemption_sync_point(self._asked):
+            self._signal = signal.SIGTERM
+            if self._bell:
+                self._handle(signal.SIGTERM)  # JAX has done its part; the next one is the second
+        return self._signal > 0
+
+    def _handle(self, number: int) -> None:
+        self._old[number] = signal.signal(number, lambda *_: None)  # it must be there, but the bell does the work
+
+    def _listen(self, ear: socket.socket) -> None:
+        forwarded = False
+        while data := ear.recv(1):
+            number = data[0]
+            if self._signal or forwarded:
+                os._exit(128 + number)
+            print(f"{signal.Signals(number).name}: saving, then stopping; once more stops at once", file=sys.stderr)
+            if self._several:
+                forwarded = True
+                os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
+            else:
+                self._signal = number
+        ear.close()
+
+
+class Watchdog:
+    """A context that ends the process with Exit.STALLED, every thread's stack printed, if no step finishes in time.
+
+    `beat` at each finished step allows `timeout` more seconds; 0 disables. Waits of other lengths (compilation,
+    evaluation) go under `allow`.
+    """
+
+    def __init__(self, timeout: float):
+        self._timeout = timeout
+        self._deadline, self._what = time.monotonic() + timeout, "step"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        if self._timeout:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self._timeout:
+            self._thread.join()
+
+    def beat(self) -> None:
+        """A step finished."""
+        self._deadline, self._what = time.monotonic() + self._timeout, "step"
+
+    @contextlib.contextmanager
+    def allow(self, what: str, seconds: float) -> Iterator[None]:
+        """Within it, `what` may take `seconds` (or `timeout`, if that is more) without a finished step."""
+        self._deadline, self._what = time.monotonic() + max(seconds, self._timeout), what
+        yield
+        self.beat()
+
+    def _watch(self) -> None:
+        tick = min(self._timeout / 4, 10.0)
+        while not self._ended.wait(tick):
+            left = self._deadline - time.monotonic()
+            if left < 0:
+                print(f"watchdog: no {self._what} finished in time; every thread's stack:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+                os._exit(Exit.STALLED)
+            # If something keeps the interpreter's lock, this thread is stuck too: then faulthandler's own ends the run.
+            faulthandler.dump_traceback_later(left + LOCK_HELD_GRACE_S, exit=True, file=sys.__stderr__ or 2)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def trim_jsonl(path: Path, step: int) -> None:
+    """Drops from a file of one JSON object a line those with a `step` above `step`, and torn lines; atomically."""
+    if not path.exists():
+        return
+    new, changed = path.with_name(f"{path.name}.tmp"), False
+    with path.open("rb") as old, new.open("wb") as file:
+        for line in old:
+            try:
+                keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):  # cut short by a kill, or blanks after a power cut
+                keep = False
+            changed |= not keep
+            file.write(line if keep else b"")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path) if changed else new.unlink()
