@@ -1,0 +1,306 @@
+"""GPT-2's weights in and out, against transformers' GPT2LMHeadModel."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from jaxgpt import UserError, hf
+from jaxgpt.model import GPTConfig, abstract_params, bind
+from jaxgpt.sharding import make_mesh, tree_shardings
+
+torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
+EOT = 0
+
+
+def random_gpt2(seed: int = 0, **sizes) -> GPT2LMHeadModel:
+    """A GPT-2 whose biases are not zero and whose layer norms do something, so that nothing can be left out unseen."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24, "vocab_size": 131, "n_positions": 40} | sizes
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=EOT, eos_token_id=EOT)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(p + 0.3 * torch.randn_like(p) if "ln_" in name or "bias" in name else 4 * p)
+    return model
+
+
+def write(model: GPT2LMHeadModel, folder: Path, kind: str) -> Path:
+    """`model` in `folder` as one of the kinds of files that people have."""
+    model.save_pretrained(folder, max_shard_size="20KB" if kind == "sharded" else "1GB")
+    if kind in ("bin", "legacy bin"):
+        (folder / "model.safetensors").unlink()
+        state = dict(model.state_dict())  # with lm_head, tied
+        if kind == "legacy bin":  # as OpenAI's were: no prefix, no head, the causal mask as buffers
+            state = {k.removeprefix("transformer."): v for k, v in state.items() if k != "lm_head.weight"}
+            t = model.config.n_positions
+            for i in range(model.config.n_layer):
+                state[f"h.{i}.attn.bias"] = torch.tril(torch.ones(t, t, dtype=torch.uint8)).view(1, 1, t, t)
+                state[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
+    return folder
+
+
+def load(folder: Path, mesh=None, **changes):
+    weights = hf.open_weights(str(folder))
+    config = GPTConfig(**(weights.fields | changes))
+    abstract = abstract_params(config)
+    if mesh is not None:
+        describe = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        abstract = jax.tree.map(describe, abstract, tree_shardings(abstract, mesh))
+    return config, weights.params(abstract)
+
+
+def logits(config, params, tokens) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p, x: bind(config, p)(x)[0])(params, jnp.asarray(tokens)))
+
+
+def torch_logits(model, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "n_layer": st.integers(1, 3),
+        "n_head": st.sampled_from([1, 2, 3]),
+        "n_embd": st.sampled_from([12, 24, 48]),
+        "vocab_size": st.integers(2, 300),
+        "n_positions": st.integers(2, 40),
+    }
+)
+
+
+@settings(max_examples=5, deadline=None)
+@given(sizes, st.integers(0, 2**31), st.sampled_from(["safetensors", "sharded", "bin", "legacy bin"]))
+def test_logits_equal_transformers(tmp_path_factory, sizes, seed, kind):
+    model = random_gpt2(seed, **sizes)
+    config, params = load(write(model, tmp_path_factory.mktemp("hf"), kind))
+    tokens = np.random.default_rng(seed).integers(0, sizes["vocab_size"], (2, sizes["n_positions"]))
+    np.testing.assert_allclose(logits(config, params, tokens), torch_logits(model, tokens), rtol=0, atol=2e-5)
+
+
+def test_bfloat16_agrees_to_its_precision(tmp_path):
+    """bfloat16 keeps 8 bits. The error in units of the logits' spread, here and in transformers' own bfloat16."""
+    model = random_gpt2(3, n_layer=4, n_embd=48)
+    config, params = load(write(model, tmp_path / "hf", "safetensors"), dtype="bfloat16")
+    tokens = np.random.default_rng(3).integers(0, 131, (4, 40))
+    exact = torch_logits(model, tokens)
+    ours = np.sqrt(np.mean((logits(config, params, tokens) - exact) ** 2)) / exact.std()
+    theirs = np.sqrt(np.mean((torch_logits(model.bfloat16(), tokens) - exact) ** 2)) / exact.std()
+    assert ours < 0.01
+    assert ours < 1.2 * theirs
+
+
+def test_greedy_continuations_of_200_tokens_are_identical(tmp_path):
+    model = random_gpt2(5, n_positions=208, n_embd=48, n_layer=3)
+    with torch.no_grad():  # positions that matter keep it from saying one thing over and over
+        model.transformer.wpe.weight.mul_(20)
+    config, params = load(write(model, tmp_path / "hf", "safetensors"))
+    prompt = np.random.default_rng(5).integers(1, 131, (4, 8))
+    step = jax.jit(lambda p, x, n: bind(config, p)(x)[0][:, n - 1].argmax(-1))
+    tokens = np.pad(prompt, ((0, 0), (0, 200)))
+    for n in range(8, 208):
+        tokens[:, n] = step(params, tokens, n)
+    theirs = model.generate(
+        torch.tensor(prompt), attention_mask=torch.ones(4, 8, dtype=torch.long), max_new_tokens=200, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(tokens, theirs.numpy())
+    assert len(np.unique(tokens[:, 8:])) > 40, "a continuation that says one thing over and over shows little"
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_weights_land_on_the_shards_of_any_mesh(tmp_path, mesh):
+    folder = write(random_gpt2(n_embd=32), tmp_path / "hf", "safetensors")
+    mesh = make_mesh(*mesh)
+    (_, here), (_, there) = load(folder), load(folder, mesh)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+    assert all(isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh for x in jax.tree.leaves(there))
+
+
+def test_positions_can_be_cropped(tmp_path):
+    model = random_gpt2()
+    config, params = load(write(model, tmp_path / "hf", "safetensors"), block_size=16)
+    tokens = np.arange(16)[None]
+    np.testing.assert_allclose(logits(config, params, tokens), torch_logits(model, tokens), rtol=0, atol=2e-5)
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    return x.contiguous().view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_there_and_back_is_exact_to_the_bit(tmp_path, dtype, kind):
+    """Also for the numbers that arithmetic would change: negative zero and denormal numbers."""
+    model = random_gpt2().to(getattr(torch, dtype))
+    with torch.no_grad():
+        odd = torch.tensor([-0.0, torch.finfo(model.dtype).tiny / 4, -torch.finfo(model.dtype).tiny / 8])
+        for p in model.parameters():
+            p.view(-1)[:3] = odd
+    folder = write(model, tmp_path / "hf", kind)
+    config, params = load(folder)
+    hf.save_weights(tmp_path, params, vars(config), dtype=dtype, eot=EOT)
+    back = load_file(tmp_path / "model.safetensors")
+    expected = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    assert back.keys() == expected.keys()
+    for name, value in expected.items():
+        assert back[name].dtype == value.dtype and back[name].shape == value.shape
+        np.testing.assert_array_equal(bits(back[name]), bits(value), err_msg=name)
+
+
+def test_too_large_for_float16_is_an_error_and_not_infinity(tmp_path):
+    config, params = load(write(random_gpt2(), tmp_path / "hf", "safetensors"))
+    params["ln_f"]["scale"] = params["ln_f"]["scale"].at[3].set(1e5)
+    with pytest.raises(UserError, match="ln_f.weight has values too large for float16"):
+        hf.save_weights(tmp_path, params, vars(config), dtype="float16", eot=None)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+# --- what is refused ---
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return write(random_gpt2(), tmp_path_factory.mktemp("hf") / "sound", "safetensors")
+
+
+def copy_of(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "hf", dirs_exist_ok=True))
+
+
+NAMES = sorted(f"transformer.{name}" for name in hf._table(dict(n_embd=24, vocab_size=131, block_size=40, n_layer=2)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(NAMES), st.sampled_from(["missing", "renamed", "grown", "flattened", "integers", "twice"]))
+def test_every_tensor_is_accounted_for_by_name(sound, tmp_path_factory, name, damage):
+    folder = copy_of(sound, tmp_path_factory.mktemp("damaged"))
+    tensors = load_file(folder / "model.safetensors")
+    value = tensors.pop(name)
+    if damage != "missing":
+        named = {"renamed": name + "_", "twice": name.removeprefix("transformer.")}.get(damage, name)
+        changed = {"grown": torch.cat([value, value]), "flattened": value[None], "integers": value.to(torch.int32)}
+        tensors[named] = changed.get(damage, value)
+        if damage == "twice":
+            tensors[name] = value.clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        hf.open_weights(str(folder))
+    assert name.removeprefix("transformer.") in str(error.value)
+
+
+def test_an_untied_head_is_refused_and_a_tied_one_is_not(sound, tmp_path):
+    folder = copy_of(sound, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    load(folder)
+    tensors["lm_head.weight"][5, 5] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight differs"):
+        hf.open_weights(str(folder))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", "llama"), ("activation_function", "gelu"), ("activation_function", "relu"), ("n_inner", 100),
+        ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("layer_norm_epsilon", 1e-6),
+        ("add_cross_attention", True), ("tie_word_embeddings", False), ("quantization_config", {"bits": 8}),
+        ("n_layer", 0), ("n_embd", "24"), ("vocab_size", None),
+    ],
+)  # fmt: skip
+def test_only_gpt2_is_accepted(sound, tmp_path, key, value):
+    folder = copy_of(sound, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=key):
+        hf.open_weights(str(folder))
+
+
+@settings(max_examples=30, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(["safetensors", "bin", "legacy bin"]))
+def test_a_truncated_file_is_one_error(sound, tmp_path_factory, share, kind):
+    folder = write(random_gpt2(n_layer=1), tmp_path_factory.mktemp("cut") / "hf", kind)
+    path = folder / ("model.safetensors" if kind == "safetensors" else "pytorch_model.bin")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=path.name):
+        hf.open_weights(str(folder))
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("the-code-ran"),))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_code_in_a_pickle_is_refused_and_does_not_run(sound, tmp_path, monkeypatch, how, protocol):
+    monkeypatch.chdir(tmp_path)
+    folder = copy_of(sound, tmp_path)
+    (folder / "model.safetensors").unlink()
+    if how == "pickle":
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"wte.weight": Evil()}, protocol=protocol))
+    else:
+        torch.save({"wte.weight": Evil()}, folder / "pytorch_model.bin", pickle_protocol=protocol)
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged, or asks for code"):
+        hf.open_weights(str(folder))
+    assert not Path("the-code-ran").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff\xfe", "[" * 100_000])
+def test_a_damaged_config_is_one_error(sound, tmp_path, text):
+    folder = copy_of(sound, tmp_path)
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="config.json"):
+        hf.open_weights(str(folder))
+
+
+def test_a_missing_or_hostile_index_is_one_error(tmp_path):
+    folder = write(random_gpt2(), tmp_path / "hf", "sharded")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = content["weight_map"]["transformer.ln_f.weight"]
+    for name, complaint in (("gone.safetensors", "gone.safetensors is missing"), ("../x", "no index"), (3, "no index")):
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | {"transformer.ln_f.weight": name}}))
+        with pytest.raises(UserError, match=complaint):
+            hf.open_weights(str(folder))
+    (folder / shard).unlink()
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{shard} is missing"):
+        hf.open_weights(str(folder))
+    index.unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        hf.open_weights(str(folder))
+
+
+def test_a_name_that_cannot_be_had_is_one_error(tmp_path, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="gpt2-medium cannot be fetched"):
+        hf.open_weights("gpt2-medium")
+    with pytest.raises(UserError, match="gpt3 is neither"):
+        hf.open_weights("gpt3")
+
+
+def test_a_name_is_fetched_from_openais_folder_of_the_hub(sound, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(name) or str(sound))
+    assert hf.open_weights("gpt2-xl").fields["n_embd"] == 24
+    assert asked == ["openai-community/gpt2-xl"]
