@@ -129,7 +129,7 @@ class Attention(nnx.Module):
             y = _cached_attention(q, keys, values, length, docs)
             return self.c_proj(y.reshape(x.shape)), (keys, values)
         rate = 0.0 if seed is None else c.dropout
-        y = attention(q, k, v, implementation=c.attention, rate=rate, seed=seed, docs=docs)
+        y = attention(q, k, v, implementation=c.attention, rate=rate, seed=seed, docs=docs, kernel=c.kernels)
         return self.c_proj(y.reshape(x.shape)), None
 
 

@@ -50,8 +50,8 @@ def choose(
 
 def _gumbel(seeds, position, width: int) -> Float[Array, "B V"]:
     """Independent standard Gumbel noise, -log(-log(u)) of a uniform u."""
-    row = hash_bits(seeds, position.astype(jnp.uint32))[:, None]
-    bits = hash_bits(row, jnp.arange(width, dtype=jnp.uint32))
+    ids, position = jnp.arange(width, dtype=jnp.uint32), position.astype(jnp.uint32)
+    bits = jax.vmap(lambda seed: hash_bits(hash_bits(seed, position), ids))(seeds)
     # 1 - u, whose steps are finest near 0, where the largest noise comes from
     rest = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-rest))

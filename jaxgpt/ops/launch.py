@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array
+
+# JAX says so each time it lowers a kernel; pyproject.toml bounds jax to versions that still have the backend
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
 def launch(
@@ -63,7 +67,7 @@ def sigmoid(x: Array, interpret: bool) -> Array:
     if interpret:
         return 1 / (1 + jnp.exp(-x))
     power = f"mul.f32 t, $1, {_literal(-math.log2(math.e))}; ex2.approx.ftz.f32 t, t;"
-    return _asm(f"{power} add.f32 t, t, {_literal(1)}; rcp.approx.ftz.f32 $0, t;", x)
+    return _asm(f"{power} add.f32 t, t, {_literal(1.0)}; rcp.approx.ftz.f32 $0, t;", x)
 
 
 def _asm(code: str, *args: Array) -> Array:

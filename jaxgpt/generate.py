@@ -1,0 +1,226 @@
+"""Text from a model: the prompt goes into a key-value cache at once, then token follows token in a loop on the device.
+
+The host gets a chunk of tokens at a time and starts the next chunk before it reads the last, so the device never waits.
+Past block_size no cache is of use, because every position moves with every token: each token then costs a forward pass
+over the last block_size tokens, as in nanoGPT.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt
+
+from jaxgpt import UserError
+from jaxgpt.model import GPTConfig, KVCache, Params, bind
+from jaxgpt.ops.choose import Rule, choose
+from jaxgpt.ops.decode import attend, linear
+from jaxgpt.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Raises UserError on values that make no sense."""
+
+    temperature: float = 0.8  # 0: the likeliest token
+    top_k: int = 200  # only among the k likeliest; 0: all
+    top_p: float = 1.0  # only among the likeliest that together have this probability
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or above")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} must be a number of tokens, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+
+class Generator:
+    """A model ready to generate: its weights cast to the compute dtype and laid out for decoding, once.
+
+    vocab_size: ids from here on are never chosen; by default the model's. config.kernels decodes with the GPU kernels
+    of ops/decode.py, which need all parameters on one device.
+    """
+
+    def __init__(self, config: GPTConfig, params: Params, *, vocab_size: int | None = None):
+        self.config = dataclasses.replace(config, dropout=0.0, remat="none")
+        self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
+        self.weights = _prepare(self.config, params)
+
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        key: Array,
+        num_samples: int = 1,
+        sampling: Sampling = Sampling(),
+        chunk: int | None = None,
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
+        """Yields the next tokens of B = num_samples continuations of one prompt, max_new_tokens each in all.
+
+        The randomness of a token is a function of (key, sample, position) alone: neither chunk, the number of tokens
+        made in one call, nor the other samples change it.
+        """
+        block_size, devices = self.config.block_size, self.weights["wte"]["embedding"].devices()
+        # on a CPU a call costs little beside a token, and the text should not come in bursts
+        chunk = chunk or (8 if next(iter(devices)).platform == "cpu" else 32)
+        prompt = prompt[-block_size:]
+        rule = Rule(
+            self.vocab_size,
+            greedy=sampling.temperature == 0,
+            top_k=0 < sampling.top_k < self.vocab_size,
+            top_p=sampling.top_p < 1,
+        )
+        knobs = jnp.array([sampling.temperature, sampling.top_k, sampling.top_p], jnp.float32)
+        rows = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_samples))
+        seeds = jax.vmap(lambda row: jax.random.bits(row, (), jnp.uint32))(rows)
+        # few lengths, few compilations: what the padding leaves in the cache is overwritten before it is seen
+        padded = np.zeros((1, min(block_size, max(16, 1 << (len(prompt) - 1).bit_length()))), np.int32)
+        padded[0, : len(prompt)] = prompt
+        tokens, cache = _prefill(self.config, rule, self.weights, padded, jnp.int32(len(prompt)), seeds, knobs)
+        history = [np.tile(padded[:, : len(prompt)], (num_samples, 1))]
+        count, made, window = 1, 1, None  # count: how many of `tokens` are wanted
+        while made < max_new_tokens:
+            room = block_size - len(prompt) + 1 - made  # in the cache
+            if room > 0:
+                last = tokens[:, count - 1]
+                following, cache = _decode(self.config, rule, chunk, self.weights, cache, last, seeds, knobs)
+                wanted = min(chunk, room, max_new_tokens - made)
+            else:
+                if window is None:
+                    window = np.concatenate([*history, np.asarray(tokens[:, :count])], axis=1)[:, -block_size:]
+                position = jnp.int32(len(prompt) + made)
+                following, window = _slide(self.config, rule, chunk, self.weights, window, position, seeds, knobs)
+                wanted = min(chunk, max_new_tokens - made)
+            history.append(np.asarray(tokens)[:, :count])
+            yield history[-1]
+            tokens, count, made = following, wanted, made + wanted
+        yield np.asarray(tokens)[:, :count]
+
+
+def _prepare(config: GPTConfig, params: Params) -> Params:
+    """The weights in the compute dtype, as the forward pass would cast them; for the kernels also transposed."""
+
+    def prepare(path, x):
+        name = jax.tree_util.keystr(path)
+        x = jnp.asarray(x, x.dtype if "ln_" in name else config.dtype)
+        return x.reshape(x.shape[0], -1).T if config.kernels and "kernel" in name else x
+
+    return jax.tree_util.tree_map_with_path(prepare, params)
+
+
+def _model(config: GPTConfig, weights: Params):
+    """The module over prepared weights."""
+
+    def restore(path, x):
+        name = jax.tree_util.keystr(path)
+        if not (config.kernels and "kernel" in name):
+            return x
+        return x.T.reshape(x.shape[1], 3, -1) if "c_attn" in name else x.T
+
+    return bind(config, jax.tree_util.tree_map_with_path(restore, weights))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(config, rule, weights, prompt: Int[Array, "1 T"], length, seeds: UInt[Array, " B"], knobs):
+    """The first new token of each row, (B, 1), and the cache of B rows; the prompt is the first `length` tokens."""
+    model, batch = _model(config, weights), seeds.shape[0]
+    x, cache = model.hidden(prompt, cache=KVCache.empty(config, 1, config.block_size))
+    assert cache is not None
+    logits = jnp.repeat(model.logits(jax.lax.dynamic_slice_in_dim(x, length - 1, 1)), batch, axis=0)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0) if x.ndim else x, cache)._replace(length=length)
+    out = jnp.zeros((batch, 2), jnp.int32)
+    out = choose(logits, seeds, length, knobs, rule, out=out, column=jnp.int32(0), kernel=config.kernels)
+    return out[:, 1:], cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(config, rule, steps: int, weights, cache: KVCache, last: Int[Array, " B"], seeds, knobs):
+    """`steps` tokens that follow `last`, (B, steps), and the cache."""
+
+    def step(i, carry):
+        out, cache = carry
+        position = cache.length + 1
+        if config.kernels and config.doc_mask < 0:
+            logits, cache = _fused(config, weights, out[:, i], cache)
+        else:
+            logits, cache = _model(config, weights)(out[:, i, None], cache=cache)
+            logits = logits[:, 0]
+        return choose(logits, seeds, position, knobs, rule, out=out, column=i, kernel=config.kernels), cache
+
+    out = jnp.zeros((last.shape[0], steps + 1), jnp.int32).at[:, 0].set(last)
+    out, cache = jax.lax.fori_loop(0, steps, step, (out, cache))
+    return out[:, 1:], cache
+
+
+def _fused(config: GPTConfig, weights: Params, tokens: Int[Array, " B"], cache: KVCache):
+    """What the model does for one token a row, by the kernels of ops/decode.py: logits (B, V) and the cache."""
+
+    def norm(ln):
+        return ln["scale"], ln.get("bias")
+
+    def affine(x, layer, **options):
+        bias = layer["bias"].reshape(-1) if config.bias else None
+        return linear(x, layer["kernel"], bias, **options)
+
+    x = weights["wte"]["embedding"][tokens] + weights["wpe"]["embedding"][cache.length]
+    keys, values = [], []
+    for i in range(config.n_layer):
+        block = weights["h"][i]
+        qkv = affine(x, block["attn"]["c_attn"], norm=norm(block["ln_1"]))
+        y, k, v = attend(qkv, cache.k[i], cache.v[i], cache.length)
+        x = affine(y, block["attn"]["c_proj"], residual=x)
+        y = affine(x, block["mlp"]["c_fc"], norm=norm(block["ln_2"]), activation=True)
+        x = affine(y, block["mlp"]["c_proj"], residual=x)
+        keys.append(k)
+        values.append(v)
+    logits = linear(x, weights["wte"]["embedding"], norm=norm(weights["ln_f"]), dtype=jnp.float32)
+    return logits, KVCache(tuple(keys), tuple(values), None, cache.length + 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _slide(config, rule, steps: int, weights, window: Int[Array, "B S"], position, seeds, knobs):
+    """`steps` tokens that follow a full window, (B, steps), and the window after them."""
+    model = _model(config, weights)
+
+    def step(i, carry):
+        out, window = carry
+        x, _ = model.hidden(window)
+        logits = model.logits(x.reshape(*window.shape, -1)[:, -1])
+        out = choose(logits, seeds, position + i, knobs, rule, out=out, column=i, kernel=config.kernels)
+        new = jax.lax.dynamic_slice_in_dim(out, i + 1, 1, axis=1)
+        return out, jnp.concatenate([window[:, 1:], new], axis=1)
+
+    out = jnp.zeros((window.shape[0], steps + 1), jnp.int32)
+    out, window = jax.lax.fori_loop(0, steps, step, (out, window))
+    return out[:, 1:], window
+
+
+class Text:
+    """The text of one sample as its tokens come, cut before the stop text, none of which ever shows."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str = ""):
+        self.done = False
+        self._stream, self._stop, self._held = tokenizer.stream(), stop, ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that is certain now: what may be the beginning of the stop text is held back."""
+        return self._cut(self._stream.push(ids), flush=False)
+
+    def flush(self) -> str:
+        """The rest."""
+        return self._cut(self._stream.flush(), flush=True)
+
+    def _cut(self, text: str, flush: bool) -> str:
+        if self.done:
+            return ""
+        text, found, _ = (self._held + text).partition(self._stop) if self._stop else (self._held + text, "", "")
+        self.done = flush or bool(found)
+        lengths = range(min(len(text), len(self._stop) - 1), 0, -1) if not self.done else ()
+        held = next((n for n in lengths if self._stop.startswith(text[-n:])), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]

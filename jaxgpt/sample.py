@@ -1,0 +1,109 @@
+"""Sample from a model: `python -m jaxgpt.sample --out_dir=out` or `--init_from=gpt2`."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from jaxgpt import UserError
+from jaxgpt.config import GPT2_SIZES, Parser, integer, run_main
+from jaxgpt.evaluate import open_model, which_checkpoint
+from jaxgpt.generate import Generator, Sampling, Text
+from jaxgpt.sharding import AXES, configure_jax
+from jaxgpt.step import purpose_seed
+from jaxgpt.tokenizer import Tokenizer
+
+SEPARATOR = "---------------"  # nanoGPT's, after each sample
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m jaxgpt.sample", description=__doc__)
+    parser.add_argument("--out_dir", help="folder of a run; `out` unless --init_from is given")
+    parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    parser.add_argument("--start", default="\n", help="the prompt, or FILE:path of a file that holds it")
+    parser.add_argument("--num_samples", type=integer, default=10, help="samples to draw")
+    parser.add_argument("--max_new_tokens", type=integer, default=500, help="tokens in each")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=integer, default=200, help="draw from the k likeliest alone; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest with this probability in all")
+    parser.add_argument("--seed", type=integer, default=1337)
+    parser.add_argument("--stop", default="", help="text that ends a sample, such as '<|endoftext|>'; not printed")
+    parser.add_argument("--checkpoint", default="best", help="of a run: best, latest or a step")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    args = parser.parse(argv)
+    # everything a user can get wrong comes before the weights are read
+    for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"{name}={getattr(args, name)} must be at least {least}")
+    if args.seed >= 2**32:
+        raise UserError(f"seed={args.seed} must be below 2^32")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    start, which = read_start(args.start), which_checkpoint(args.checkpoint)
+    configure_jax()
+    device = jax.local_devices()[0]
+    mesh = Mesh(np.array([[[device]]]), AXES)
+    out_dir = args.out_dir or (None if args.init_from else "out")
+    model = open_model(out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=which)
+    tokenizer = model.tokenizer
+    prompt = tokenizer.encode(start, special=True)
+    if not prompt or max(prompt) >= model.config.vocab_size:
+        raise UserError(f"start={start!r} has no tokens of the model's {model.config.vocab_size}; give another prompt")
+    kernels = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8
+    config = dataclasses.replace(model.config, kernels=kernels)
+    generator = Generator(config, model.params, vocab_size=tokenizer.vocab_size)
+    key = purpose_seed(args.seed, "sample")
+    chunks = generator(prompt, args.max_new_tokens, key=key, num_samples=args.num_samples, sampling=sampling)
+    write_samples(chunks, tokenizer, tokenizer.decode(prompt), args.num_samples, args.stop)
+
+
+def read_start(start: str) -> str:
+    """The prompt that --start means. Raises UserError if it is empty or its file cannot be read."""
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
+        try:
+            start = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; check --start=FILE:path") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text; convert it") from None
+    if not start:
+        raise UserError(r"the prompt is empty; give --start some text (by default a line break)")
+    return start
+
+
+def write_samples(
+    chunks: Iterator[Int[np.ndarray, "B n"]], tokenizer: Tokenizer, start: str, num_samples: int, stop: str
+) -> None:
+    """Prints samples, the first one not finished as it is made: the others grow beside it and appear in their turn."""
+    texts, ready, current = [Text(tokenizer, stop) for _ in range(num_samples)], [start] * num_samples, 0
+
+    def show() -> None:
+        nonlocal current
+        while current < num_samples:
+            sys.stdout.write(ready[current])
+            ready[current] = ""
+            if not texts[current].done:
+                break
+            print(f"\n{SEPARATOR}")
+            current += 1
+        sys.stdout.flush()
+
+    show()
+    for chunk in chunks:
+        for i, ids in enumerate(chunk):
+            ready[i] += texts[i].push(ids.tolist())
+        show()
+        if current == num_samples:
+            return
+    for i, text in enumerate(texts):
+        ready[i] += text.flush()
+    show()
+
+
+if __name__ == "__main__":
+    run_main(main)

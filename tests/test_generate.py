@@ -1,0 +1,172 @@
+"""Generation: the cache against none, batches against single rows, chunks against each other; stop text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import UserError, generate
+from jaxgpt.generate import Generator, Sampling, Text
+from jaxgpt.model import GPTConfig, KVCache, abstract_params, bind
+from jaxgpt.tokenizer import CharTokenizer
+
+GREEDY = Sampling(temperature=0.0)
+CONFIG = GPTConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True)
+PROMPT = [3, 1, 4]
+
+
+def noisy_params(config):
+    """Parameters whose every part matters, and with which greedy tokens do not settle into a loop."""
+    rng = np.random.default_rng(1)
+
+    def leaf(path, x):
+        name, noise = jax.tree_util.keystr(path), rng.normal(size=x.shape).astype(np.float32)
+        return jnp.asarray(1 + 0.2 * noise if "scale" in name else (0.3 if "embedding" in name else 0.5) * noise)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
+
+
+PARAMS = noisy_params(CONFIG)
+
+
+def run(generator, prompt=PROMPT, n=36, sampling=GREEDY, seed=0, **options):
+    chunks = list(generator(prompt, n, key=jax.random.key(seed), sampling=sampling, **options))
+    tokens = np.concatenate(chunks, axis=1)
+    assert tokens.shape[1] == n
+    return tokens
+
+
+def without_cache(config, prompt, n):
+    """Greedy tokens, each from a forward pass over the last block_size tokens (padded: causality hides the padding)."""
+    forward = jax.jit(lambda tokens: bind(config, PARAMS)(tokens)[0])
+    ids = list(prompt)
+    for _ in range(n):
+        window = ids[-config.block_size :]
+        padded = np.zeros((1, config.block_size), np.int32)
+        padded[0, : len(window)] = window
+        ids.append(int(jnp.argmax(forward(padded)[0, len(window) - 1])))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(CONFIG, PARAMS)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("doc_mask", [-1, 40])  # 40: a token that this model makes often
+def test_greedy_equals_decoding_without_a_cache(kernels, doc_mask):
+    config = dataclasses.replace(CONFIG, doc_mask=doc_mask)
+    want = without_cache(config, PROMPT, 3 * config.block_size)
+    assert len(set(want)) > 5 and (doc_mask < 0 or doc_mask in want[:-12])
+    got = run(Generator(dataclasses.replace(config, kernels=kernels), PARAMS), chunk=5)
+    assert got.tolist() == [want]
+
+
+@pytest.mark.parametrize("doc_mask", [-1, 40])
+def test_logits_with_and_without_a_cache(doc_mask):
+    """Whatever part of the tokens comes at once, the others one by one."""
+    config = dataclasses.replace(CONFIG, doc_mask=doc_mask)
+    model, tokens = bind(config, PARAMS), jax.random.randint(jax.random.key(2), (3, 12), 38, 42)
+    want = jax.jit(lambda tokens: model(tokens)[0])(tokens)
+    cached = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
+    for at_once in (1, 7):
+        logits, cache = cached(tokens[:, :at_once], KVCache.empty(config, 3, 12))
+        parts = [logits]
+        for i in range(at_once, 12):
+            logits, cache = cached(tokens[:, i : i + 1], cache)
+            parts.append(logits)
+        assert np.abs(np.concatenate(parts, axis=1) - want).max() <= 1e-4
+        assert cache.length == 12
+
+
+@pytest.mark.parametrize("prompt_length", [12, 30])
+def test_long_prompt_is_cropped(generator, prompt_length):
+    prompt = [int(i) for i in np.random.default_rng(0).integers(50, size=prompt_length)]
+    assert run(generator, prompt, 4, chunk=5).tolist() == [without_cache(CONFIG, prompt, 4)]
+
+
+def test_chunks_change_nothing(generator):
+    """36 tokens reach past block_size in every case; 5 divides neither part, 32 is longer than the cache."""
+    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+    first, *others = [run(generator, sampling=sampling, num_samples=2, chunk=chunk) for chunk in (1, 5, 32)]
+    assert all((tokens == first).all() for tokens in others)
+    assert (run(generator, n=7, sampling=sampling, num_samples=2, chunk=5) == first[:, :7]).all()
+    assert (first[0] != first[1]).any()
+
+
+def test_rows_do_not_depend_on_each_other(generator):
+    sampling = Sampling(temperature=1.0, top_k=0)
+    three = run(generator, sampling=sampling, num_samples=3, chunk=5)
+    assert (run(generator, sampling=sampling, num_samples=1, chunk=5) == three[:1]).all()
+    assert (run(generator, sampling=sampling, num_samples=1, chunk=5, seed=1) != three[:1]).any()
+
+
+def test_kernels_draw_the_same(generator):
+    """float32 both ways, so that no token is close enough to another for rounding to matter."""
+    fused = Generator(dataclasses.replace(CONFIG, kernels=True), PARAMS)
+    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+    got, want = (run(g, n=10, sampling=sampling, num_samples=2, chunk=5) for g in (fused, generator))
+    assert (got == want).all()
+
+
+def test_no_token_beyond_the_vocabulary():
+    tokens = run(Generator(CONFIG, PARAMS, vocab_size=7), sampling=Sampling(temperature=5.0), num_samples=4, chunk=5)
+    assert tokens.max() == 6
+
+
+def test_lengths_and_values_do_not_recompile(generator):
+    run(generator, PROMPT, 3, chunk=5, sampling=Sampling(1.0, 5))
+    compiled = generate._prefill._cache_size(), generate._decode._cache_size()
+    for length, sampling in (1, Sampling(0.5, 6)), (2, Sampling(0.6, 7)), (9, Sampling(0.7, 8)):
+        run(generator, [1] * length, 3, chunk=5, sampling=sampling)
+    assert (generate._prefill._cache_size(), generate._decode._cache_size()) == compiled
+
+
+def test_bfloat16_weights_are_cast_once():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    generator = Generator(config, PARAMS)
+    assert generator.weights["wte"]["embedding"].dtype == jnp.bfloat16
+    assert generator.weights["ln_f"]["scale"].dtype == jnp.float32
+    uncast = Generator(config, PARAMS)
+    uncast.weights = PARAMS
+    assert (run(generator, n=8, chunk=5) == run(uncast, n=8, chunk=5)).all()
+
+
+@given(
+    text=st.text("ab€", max_size=30),
+    stop=st.text("ab€", max_size=4),
+    cuts=st.lists(st.integers(0, 30), max_size=5),
+)
+def test_text_ends_before_the_stop_text(text, stop, cuts):
+    tokenizer = CharTokenizer("ab€")
+    sample, shown = Text(tokenizer, stop), ""
+    want = text.split(stop)[0] if stop else text
+    edges = sorted([0, *cuts, len(text)])
+    for begin, end in zip(edges, edges[1:], strict=False):
+        shown += sample.push(tokenizer.encode(text[begin:end]))
+        assert want.startswith(shown)
+        assert sample.done == bool(stop and stop in text[:end])
+    assert shown + sample.flush() == want and sample.done
+
+
+def test_text_shows_no_half_character(gpt2_files):
+    from jaxgpt.tokenizer import gpt2
+
+    ids = gpt2().encode("naïve 🦜!")
+    text = Text(gpt2())
+    parts = [text.push([i]) for i in ids] + [text.flush()]
+    assert "".join(parts) == "naïve 🦜!" and "" in parts[:-1] and "\ufffd" not in "".join(parts)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+)
+def test_bad_values_name_themselves(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Sampling(**values)
