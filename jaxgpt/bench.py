@@ -1,4 +1,4 @@
-"""Measure speed: `python -m jaxgpt.bench --config configs/gpt2.py [--profile]` prints one JSON line."""
+"""Measure speed: `python -m jaxgpt.bench --config configs/gpt2.py [--what=train|sample|data]` prints one JSON line."""
 
 import json
 import math
@@ -18,19 +18,32 @@ from ml_collections import ConfigDict
 from jaxgpt import UserError
 from jaxgpt.config import Parser, parse_config, run_main
 from jaxgpt.data import RunData
+from jaxgpt.generate import Generator
 from jaxgpt.metrics import flops_per_token, peak_flops, peak_memory_gib
-from jaxgpt.model import count_params
+from jaxgpt.model import count_params, init_params
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import create_state, make_model_config, make_train_step
+from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.bench", description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="measured optimizer steps, after 3 to warm up")
+    parser.add_argument("--what", choices=("train", "sample", "data"), default="train", help="what to measure")
+    parser.add_argument("--steps", type=int, default=20, help="measured optimizer steps, or batches, after a warm-up")
+    parser.add_argument("--num_samples", type=int, default=1, help="sequences that --what=sample makes at once")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="their length")
     parser.add_argument("--profile", action="store_true", help="also print GPU time by kind of kernel")
     config, args = parse_config(argv, parser)
+    for name in ("steps", "num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
     configure_jax()
-    result = bench_train(config, args.steps, args.profile)
+    if args.what == "train":
+        result = bench_train(config, args.steps, args.profile)
+    elif args.what == "sample":
+        result = bench_sample(config, args.num_samples, args.max_new_tokens)
+    else:
+        result = bench_data(config, args.steps)
     print(json.dumps(result | environment()))
 
 
@@ -95,6 +108,41 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
                 jax.block_until_ready(state)
             print(profile_table(folder, 3), file=sys.stderr)
     return result
+
+
+def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> dict[str, Any]:
+    """Tokens/s of random weights writing num_samples × max_new_tokens tokens from one (top-k 200): median of five."""
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    model_config = make_model_config(config, GPT2_VOCAB_SIZE, mesh)
+    begin = time.perf_counter()
+    generate = Generator(model_config, init_params(model_config, jax.random.key(0)))
+    times = []
+    for i in range(6):
+        start = time.perf_counter()
+        for _ in generate([0], max_new_tokens, key=jax.random.key(i), num_samples=num_samples):
+            pass
+        times.append(time.perf_counter() - start)
+        first_s = times[0] + start - begin if i == 0 else first_s
+    return {
+        "what": "sample",
+        "tokens_per_s": round(num_samples * max_new_tokens / statistics.median(times[1:]), 1),
+        "num_samples": num_samples,
+        "max_new_tokens": max_new_tokens,
+        "first_s": round(first_s, 1),
+        "peak_gib": round(peak_memory_gib(), 2),
+    }
+
+
+def bench_data(config: ConfigDict, steps: int) -> dict[str, Any]:
+    """Tokens/s that the reader alone supplies, after one pass over the same steps to fill the page cache."""
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    data = RunData(config, mesh)
+    times = []
+    for step in [*range(steps), *range(steps)]:
+        start = time.perf_counter()
+        data.train.rows_at(step)
+        times.append(time.perf_counter() - start)
+    return {"what": "data", "tokens_per_s": round(data.tokens_per_step / statistics.median(times[steps:]))}
 
 
 # First match in a kernel's name decides its kind

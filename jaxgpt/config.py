@@ -80,7 +80,8 @@ def default_config() -> ConfigDict:
     c.mesh_tensor = 1  # devices over which each layer is split
     c.steps_per_call = 0  # optimizer steps in one call of the compiled function; 0: chosen by the model's size
     # reliability
-    c.max_bad_steps = 10  # stop after this many non-finite steps in a row
+    c.max_bad_steps = 10  # stop after this many dropped steps in a row: loss or gradient not finite, or a spike
+    c.spike_threshold = 0.0  # drop a step whose loss or gradient norm is this many standard deviations up; 0: none
     c.stall_timeout = 1800.0  # seconds without a finished step before the run ends itself; 0 disables
     return c.lock()
 
@@ -100,13 +101,17 @@ AT_LEAST = {
     **dict.fromkeys(["eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "max_iters", "max_bad_steps"], 1),
     **dict.fromkeys(["learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2"], 0),
     **dict.fromkeys(["warmup_iters", "lr_decay_iters", "seed", "steps_per_call", "stall_timeout"], 0),
+    "spike_threshold": 0,
 }
 BELOW = {"dropout": 1, "beta1": 1, "beta2": 1, "seed": 2**32}
 
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError, naming the key, on a value that no run could use."""
+    kinds = {key: type(value) for key, value in default_config().items()}
     for key, value in config.items():
+        if type(value) is not kinds[key]:
+            raise UserError(f"{key}={value!r} is not of type {kinds[key].__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
         if key in CHOICES and value not in CHOICES[key]:
@@ -126,6 +131,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError("out_dir is empty; name the run's folder")
 
 
+# what a slip in the user's own code raises
+PRESET_ERRORS = (
+    ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError
+)  # fmt: skip
+
+
 def load_preset(spec: str) -> ConfigDict:
     """The preset in a file, `configs/gpt2.py` or `configs/gpt2.py:gpt2-xl`. Raises UserError if there is no such."""
     path, _, argument = spec.partition(":")
@@ -138,15 +149,18 @@ def load_preset(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config(argument) if argument else module.get_config()
-    except (SyntaxError, NameError, AttributeError, KeyError, TypeError, ValueError) as e:
+        config = module.get_config(argument) if argument else module.get_config()
+    except PRESET_ERRORS as e:
         raise UserError(f"{path}: {_explain(e)}") from None
+    if not isinstance(config, ConfigDict) or set(config) != set(default_config()):
+        raise UserError(f"{path}: get_config() returned no config; make it with default_config(), change it, return it")
+    return config
 
 
 def _explain(e: BaseException) -> str:
     """One line for an exception of a preset, with the nearest right key where a key is wrong."""
     text = " ".join(str(e).split())
-    key = re.search(r"[Kk]ey[: ]+[\"'](\w+)", text)
+    key = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)
     return unknown_key(key.group(1)) if key and key.group(1) not in default_config() else text
 
 
@@ -214,8 +228,13 @@ def parse_config(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argpa
 
 
 def save_config(config: ConfigDict, folder: Path) -> None:
-    """Writes config.json."""
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    """Writes config.json, whole or not at all. Raises UserError if it cannot."""
+    path = folder / "config.json"
+    try:
+        path.with_name("config.json.tmp").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        path.with_name("config.json.tmp").replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
 
 
 def read_config(folder: Path) -> ConfigDict:

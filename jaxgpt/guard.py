@@ -215,15 +215,19 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def trim_jsonl(path: Path, step: int) -> None:
-    """Drops from a file of one JSON object a line those with a `step` above `step`, and torn lines; atomically."""
+def trim_jsonl(path: Path, step: int, without: str = "") -> None:
+    """Drops from a file of one JSON object a line those with a `step` above `step`, and torn lines; atomically.
+
+    `without`: a key that drops a line of `step` itself.
+    """
     if not path.exists():
         return
     new, changed = path.with_name(f"{path.name}.tmp"), False
     with path.open("rb") as old, new.open("wb") as file:
         for line in old:
             try:
-                keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
+                row = json.loads(line)
+                keep = line.endswith(b"\n") and (row["step"] < step or row["step"] == step and without not in row)
             except (ValueError, TypeError, KeyError):  # cut short by a kill, or blanks after a power cut
                 keep = False
             changed |= not keep

@@ -1,5 +1,7 @@
 """What a run reports: FLOPs and MFU; console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import contextlib
+import importlib.util
 import json
 import math
 import sys
@@ -22,6 +24,7 @@ PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA GH200": 989e12,
@@ -38,7 +41,7 @@ PEAK_FLOPS = {
 
 def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> float:
     """FLOPs of forward and backward for one token: 6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's)."""
-    return 6 * n_params + 12 * n_layer * n_embd * block_size
+    return 6.0 * n_params + 12 * n_layer * n_embd * block_size
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -77,6 +80,13 @@ class Stopwatch:
         self._last = None
 
 
+def check_trackers(config: ConfigDict) -> None:
+    """Raises UserError if a tracker is asked for that is not installed."""
+    for key, module in (("tensorboard_log", "tensorboard"), ("wandb_log", "wandb")):
+        if config[key] and importlib.util.find_spec(module) is None:
+            raise UserError(f"{key} needs the package {module}: pip install 'jaxgpt[track]'")
+
+
 class Reporter:
     """Writes a run's metrics wherever they go; on other processes than the first, nowhere.
 
@@ -93,16 +103,12 @@ class Reporter:
             self._bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._board = self._wandb = None
         if config.tensorboard_log:
-            try:
-                from tensorboard.summary import Writer
-            except ImportError:
-                raise UserError("tensorboard_log needs TensorBoard: pip install 'jaxgpt[track]'") from None
+            from tensorboard.summary import Writer
+
             self._board = Writer(str(folder))
         if config.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("wandb_log needs Weights & Biases: pip install 'jaxgpt[track]'") from None
+            import wandb
+
             self._wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=config.to_dict())
 
     def say(self, line: str) -> None:
@@ -139,7 +145,9 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         if self.enabled:
-            for sink in (self._bar, self._file, self._board):
+            with contextlib.suppress(OSError):  # `record` has said it already: the disk is full
+                self._file.close()
+            for sink in (self._bar, self._board):
                 if sink is not None:
                     sink.close()
             if self._wandb is not None:

@@ -1,4 +1,4 @@
-"""The optimizer: nanoGPT's learning-rate schedule, and AdamW with weight decay on matrices alone, clipping before it."""
+"""The optimizer: nanoGPT's learning-rate schedule; AdamW with weight decay on matrices alone, clipping before it."""
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ def learning_rate(config: ConfigDict, step: Int[Array, ""]) -> Float[Array, ""]:
     if config.lr_schedule == "constant":
         after = top
     else:
-        progress = (step - config.warmup_iters) / max(1, config.lr_decay_iters - config.warmup_iters)
-        cosine = low + 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (top - low)
-        after = jnp.where(step > config.lr_decay_iters, low, cosine)
+        left = (config.lr_decay_iters - step) / max(1, config.lr_decay_iters - config.warmup_iters)
+        # (1 + cos(pi - x)) / 2 as a square: float32 then keeps its precision where the cosine is near -1
+        cosine = low + jnp.sin(jnp.pi / 2 * left) ** 2 * (top - low)
+        after = jnp.where(left > 0, cosine, low)
     return jnp.where(step < config.warmup_iters, warm, after)
 
 
@@ -39,7 +40,7 @@ def record_norm() -> optax.GradientTransformation:
     """Passes gradients through and keeps their global norm as its state, for logs and the test for finite values."""
 
     def update(grads, state, params=None):
-        return grads, optax.global_norm(grads)
+        return grads, optax.tree.norm(grads)
 
     return optax.GradientTransformation(lambda params: jnp.zeros(()), update)
 

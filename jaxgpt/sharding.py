@@ -1,92 +1,38 @@
-"""Devices: start-up of several processes, the mesh, and the rules that say which array lies where."""
+"""Devices: the mesh, which array lies where, and what devices send each other in a step.
+
+A step is written for one device: its rows of the batch, its part of the parameters (`device_map`). Over `data` devices
+hold the same parameters and average their gradients once an optimizer step. Over `fsdp` each holds a part, fetches the
+others' for the computation and gets its own part of the summed gradients. Over `tensor` the compiler splits each layer,
+following how its parameters lie.
+"""
 
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from jaxgpt import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # rows of a batch are split over both
 
-# Path of a parameter -> PartitionSpec; the first match counts, all others are replicated. fsdp splits each matrix over
-# one dimension; tensor splits heads, MLP hidden units and the vocabulary (Megatron-LM, arXiv 1909.08053). Optimizer
-# moments end in the same paths and so lie with their parameters.
-RULES = (
-    (r"wte/embedding$", P("tensor", "fsdp")),
-    (r"wpe/embedding$", P(None, "fsdp")),
-    (r"c_attn/kernel$", P("fsdp", None, "tensor")),
-    (r"c_attn/bias$", P(None, "tensor")),
-    (r"c_fc/kernel$", P("fsdp", "tensor")),
-    (r"c_fc/bias$", P("tensor")),
-    (r"c_proj/kernel$", P("tensor", "fsdp")),
-)
-
+# End of a parameter's path -> the dimension that `tensor` splits: the vocabulary, heads, MLP hidden units (Megatron-LM,
+# arXiv 1909.08053). `fsdp` splits another dimension of every matrix. Optimizer moments end in the same paths and so lie
+# with their parameters; all else is replicated.
+TENSOR_RULES = ((r"wte/embedding$", 0), (r"c_(attn|fc)/(kernel|bias)$", -1), (r"c_proj/kernel$", 0))
+MATRICES = r"(kernel|embedding)$"
 
 # Compiler flags for NVIDIA GPUs; docs/performance.md has what each gained
-XLA_GPU_FLAGS = (
-    "--xla_gpu_enable_triton_gemm=false",  # cuBLAS for all matrix products
-    "--xla_gpu_dot_merger_threshold_mb=0",  # do not merge the products of queries, keys, values: slices are copies
-)
-
-
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices with axes data, fsdp, tensor; one size may be -1, which takes what is left."""
-    devices = jax.device_count()
-    sizes = [data, fsdp, tensor]
-    keys = ", ".join(f"mesh_{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1:
-        raise UserError(f"{keys}: only one size may be -1")
-    known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices:
-        raise UserError(f"{keys} do not multiply to the {devices} devices found; set one to -1 to take what is left")
-    # Auto: the compiler spreads shardings from the arrays to everything between them
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def data_shards(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def is_data_parallel(mesh: Mesh) -> bool:
-    """Whether every device holds the whole model."""
-    return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
-
-
-def path_name(path: tuple) -> str:
-    """`h/0/attn/c_attn/kernel` for a pytree path."""
-    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-
-
-def partition_spec(path: str) -> P:
-    """The PartitionSpec of the array with this path."""
-    return next((spec for pattern, spec in RULES if re.search(pattern, path)), P())
-
-
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf. Raises UserError where a dimension cannot be split evenly."""
-
-    def sharding(path, leaf) -> NamedSharding:
-        name = path_name(path)
-        spec = partition_spec(name)
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise UserError(
-                    f"{name} of shape {leaf.shape} cannot be split: {size} / mesh_{axis}={mesh.shape[axis]} leaves "
-                    f"{size % mesh.shape[axis]} over; choose a mesh_{axis} that divides {size}"
-                )
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+XLA_GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
 
 
 def configure_jax() -> None:
@@ -94,7 +40,7 @@ def configure_jax() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     ours = [f for f in XLA_GPU_FLAGS if f.partition("=")[0] not in flags] if has_nvidia_gpu() else []
     os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache, "jaxgpt", "xla")))
 
@@ -102,3 +48,169 @@ def configure_jax() -> None:
 def has_nvidia_gpu() -> bool:
     """Whether this machine has an NVIDIA driver, found out without starting JAX's backends."""
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+
+
+# --- the mesh ---
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh over all devices with axes data, fsdp, tensor; one size may be -1, which takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    keys = ", ".join(f"mesh_{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1:
+        raise UserError(f"{keys}: only one size may be -1")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"{keys} do not multiply to the {len(devices)} devices found; set one to -1 to take what is left"
+        )
+    # Auto: the compiler spreads shardings from the arrays to everything between them
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_heads(n_head: int, mesh: Mesh) -> None:
+    """Raises UserError where attention heads do not divide over `tensor`."""
+    if n_head % mesh.shape["tensor"]:
+        fitting = ", ".join(str(n) for n in range(1, n_head + 1) if n_head % n == 0)
+        raise UserError(
+            f"n_head={n_head} heads cannot be split over mesh_tensor={mesh.shape['tensor']} devices, "
+            f"{n_head % mesh.shape['tensor']} are left over; choose mesh_tensor of {fitting}"
+        )
+
+
+# --- where arrays lie ---
+
+
+def path_name(path: tuple) -> str:
+    """`h/0/attn/c_attn/kernel` for a pytree path."""
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """How the array with this path is split. fsdp takes the first dimension that is free and divides evenly."""
+    entries: list[str | None] = [None] * len(shape)
+    by_tensor = next((dim for pattern, dim in TENSOR_RULES if re.search(pattern, path)), None)
+    if by_tensor is not None and mesh.shape["tensor"] > 1:
+        entries[by_tensor] = "tensor"
+    if mesh.shape["fsdp"] > 1 and re.search(MATRICES, path):
+        free = [i for i, entry in enumerate(entries) if entry is None]
+        entries[next((i for i in free if shape[i] % mesh.shape["fsdp"] == 0), free[0])] = "fsdp"
+    return P(*entries)
+
+
+def tree_specs(tree: Any, mesh: Mesh) -> Any:
+    """The PartitionSpec of every leaf. Raises UserError where a dimension cannot be split evenly."""
+
+    def checked(path, leaf) -> P:
+        name = path_name(path)
+        spec = partition_spec(name, leaf.shape, mesh)
+        for size, axis in zip(leaf.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"{name} of shape {leaf.shape} cannot be split: {size} / mesh_{axis}={mesh.shape[axis]} leaves "
+                    f"{size % mesh.shape[axis]} over; choose a mesh_{axis} that divides {size}"
+                )
+        return spec
+
+    return jax.tree_util.tree_map_with_path(checked, tree)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf. Raises UserError where a dimension cannot be split evenly."""
+    return jax.tree.map(partial(NamedSharding, mesh), tree_specs(tree, mesh))
+
+
+# --- what devices send each other ---
+
+
+def device_map(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` run by every device on its part over data and fsdp. `tensor`, if it splits anything, is the compiler's."""
+    axes = AXES if mesh.shape["tensor"] == 1 else BATCH_AXES
+    in_specs, out_specs = jax.tree.map(lambda spec: _without("tensor", spec), (in_specs, out_specs))
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
+
+
+def with_whole_params(f: Callable, mesh: Mesh, dtype: str, in_spec: P, out_spec: P) -> Callable:
+    """`f(params, rows)` run by every device on its own rows, with all parameters (over tensor: its part of them)."""
+
+    def run(params, rows):
+        specs = tree_specs(params, mesh)
+
+        def local(params, rows):
+            return f(gather_params(params, specs, mesh, dtype), rows)
+
+        return device_map(local, mesh, (specs, in_spec), out_spec)(params, rows)
+
+    return run
+
+
+def gather_params(params: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
+    """Within device_map: whole parameters from the parts over fsdp, kernels in `dtype`, the computation's.
+
+    Their gradients come back as parts, summed over fsdp in float32.
+    """
+
+    def gather(path, spec: P, x):
+        in_dtype = dtype if path_name(path).endswith("kernel") else x.dtype.name  # embeddings add up float32 gradients
+        return _gather(x, spec.index("fsdp"), in_dtype) if "fsdp" in spec else x
+
+    def gather_all(params):
+        return jax.tree_util.tree_map_with_path(gather, specs, params)
+
+    return params if mesh.shape["fsdp"] == 1 else _on_parts_over_tensor(gather_all, specs, mesh)(params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Float[Array, "..."], dimension: int, dtype: str) -> Float[Array, "..."]:
+    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dimension, tiled=True)
+
+
+_gather.defvjp(
+    lambda x, dimension, dtype: (_gather(x, dimension, dtype), None),
+    lambda dimension, dtype, _, g: (
+        jax.lax.psum_scatter(g.astype(jnp.float32), "fsdp", scatter_dimension=dimension, tiled=True),
+    ),
+)
+
+
+def mean_gradients(gradients: Any, specs: Any, mesh: Mesh) -> Any:
+    """Within device_map: the mean over all rows, from each device's gradients of parameters passed to gather_params."""
+
+    def mean(spec: P, g):
+        return mean_over(g / mesh.shape["fsdp"], mesh, "data") if "fsdp" in spec else mean_over(g, mesh, *BATCH_AXES)
+
+    return _on_parts_over_tensor(partial(jax.tree.map, mean, specs), specs, mesh)(gradients)
+
+
+def mean_over(x: Any, mesh: Mesh, *axes: str) -> Any:
+    """Within device_map: the mean of each array over these axes."""
+    axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return jax.lax.pmean(x, axes) if axes else x
+
+
+def split_heads(f: Callable[..., Float[Array, "B T N H"]]) -> Callable[..., Float[Array, "B T N H"]]:
+    """`f` of arrays (B, T, N, H) that each device runs on its own heads, for an `f` that the compiler cannot split."""
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
+        return f
+    spec = P(None, None, "tensor")
+    return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)
+
+
+def _on_parts_over_tensor(f: Callable, specs: Any, mesh: Mesh) -> Callable:
+    """`f` of a tree split like `specs`, run on tensor's parts as they lie: the compiler would gather them first."""
+    if mesh.shape["tensor"] == 1:
+        return f
+    specs = jax.tree.map(lambda spec: _without("fsdp", spec), specs)
+    return jax.shard_map(f, in_specs=(specs,), out_specs=specs, axis_names={"tensor"}, check_vma=False)
+
+
+def _without(axis: str, spec: P) -> P:
+    return P(*(None if entry == axis else entry for entry in spec))

@@ -15,9 +15,20 @@ from ml_collections import ConfigDict
 from jaxgpt import UserError
 from jaxgpt.model import GPTConfig, Params, bind, init_params
 from jaxgpt.optim import learning_rate, make_optimizer
-from jaxgpt.sharding import BATCH_AXES, is_data_parallel, tree_shardings
+from jaxgpt.sharding import (
+    BATCH_AXES,
+    check_heads,
+    device_map,
+    gather_params,
+    mean_gradients,
+    mean_over,
+    tree_shardings,
+    tree_specs,
+    with_whole_params,
+)
 
 Metrics = dict[str, Array]
+SPIKE_STEPS = 100  # over which the spike guard's statistics run
 
 
 def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int | None = None) -> GPTConfig:
@@ -30,8 +41,15 @@ def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int 
         dtype = "bfloat16" if ampere or device.platform == "tpu" else "float16" if nvidia else "float32"
     if config.doc_mask and eot is None:
         raise UserError("doc_mask needs a tokenizer with an end-of-text token, which this corpus has not; leave it off")
-    cudnn = ampere and dtype != "float32" and config.n_embd // config.n_head <= 128 and not config.doc_mask
-    kernels = ampere and is_data_parallel(mesh)
+    cudnn = ampere and dtype != "float32" and config.n_embd // config.n_head <= 128
+    if config.attention == "cudnn" and not cudnn:
+        raise UserError(
+            "attention=cudnn needs an NVIDIA GPU of the Ampere generation or newer, bfloat16 or float16, and heads "
+            "no larger than 128; leave it at auto"
+        )
+    fastest = "cudnn" if cudnn and not config.doc_mask else "xla"
+    kernels = ampere and mesh.shape["tensor"] == 1
+    check_heads(config.n_head, mesh)
     return GPTConfig(
         block_size=config.block_size,
         vocab_size=vocab_size,
@@ -41,7 +59,7 @@ def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int 
         dropout=config.dropout,
         bias=config.bias,
         dtype=dtype,
-        attention=config.attention if config.attention != "auto" else "cudnn" if cudnn else "xla",
+        attention=fastest if config.attention == "auto" else config.attention,
         kernels=kernels if config.kernels == "auto" else config.kernels == "on",
         remat=config.remat,
         doc_mask=eot if config.doc_mask and eot is not None else -1,
@@ -67,6 +85,34 @@ class LossScale(NamedTuple):
         return LossScale(scale, jnp.where(grow, 0, good))
 
 
+class Spikes(NamedTuple):
+    """The spike guard's running mean and variance, over some 100 steps, of finite losses and gradient norms."""
+
+    count: Int[Array, ""]  # finite steps so far
+    mean: Float[Array, " 2"]  # of loss and gradient norm
+    var: Float[Array, " 2"]
+
+    @staticmethod
+    def create() -> "Spikes":
+        return Spikes(jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.float32), jnp.zeros(2, jnp.float32))
+
+    def next(
+        self, loss: Float[Array, ""], norm: Float[Array, ""], finite: Bool[Array, ""], threshold: float
+    ) -> tuple[Bool[Array, ""], "Spikes"]:
+        """Whether either is more than `threshold` standard deviations above its mean, and the statistics with both in.
+
+        A spike counts as the largest value allowed: alone it moves little, but a lasting change is soon the new mean.
+        Nothing is a spike in the first 100 finite steps. Mean and variance are updated as in Finch 2009, "Incremental
+        calculation of weighted mean and variance": with equal weights up to 100 steps, exponential ones from there on.
+        """
+        highest = jnp.where(self.count >= SPIKE_STEPS, self.mean + threshold * jnp.sqrt(self.var), jnp.inf)
+        x = jnp.stack([loss, norm])
+        delta = jnp.minimum(x, highest) - self.mean
+        weight = 1.0 / jnp.minimum(self.count + 1, SPIKE_STEPS)
+        new = Spikes(self.count + 1, self.mean + weight * delta, (1 - weight) * (self.var + weight * delta**2))
+        return finite & jnp.any(x > highest), jax.tree.map(partial(jnp.where, finite), new, self)
+
+
 class TrainState(NamedTuple):
     """All that a checkpoint holds: with the config, the whole future of a run follows from it."""
 
@@ -75,6 +121,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     loss_scale: LossScale
     bad_steps: Int[Array, ""]  # dropped steps in a row
+    spikes: Spikes
 
 
 def purpose_seed(seed: int, purpose: str) -> Array:
@@ -92,6 +139,7 @@ def init_state(config: ConfigDict, model_config: GPTConfig) -> TrainState:
         opt_state=make_optimizer(config).init(params),
         loss_scale=LossScale.create(model_config.dtype),
         bad_steps=zero,
+        spikes=Spikes.create(),
     )
 
 
@@ -143,16 +191,22 @@ def make_train_step(
     """The compiled function that takes K optimizer steps, each of A micro-steps of B sequences; the state is donated.
 
     Its metrics are arrays of K: loss, grad_norm (before clipping), lr, bad_steps. Where the loss or the gradient is not
-    finite the update is dropped on the device: parameters and optimizer state stay, the step counts, and bad_steps says
-    how many such steps there were in a row; it is 0 after a good one.
+    finite, or a spike (spike_threshold), the update is dropped on the device: parameters and optimizer state stay, the
+    step counts, and bad_steps says how many such steps there were in a row; it is 0 after a good one.
     """
     optimizer = make_optimizer(config)
     dtype = model_config.dtype
     dropout_key = purpose_seed(config.seed, "dropout")
+    abstract = abstract_state(config, model_config, mesh)
+    specs = tree_specs(abstract.params, mesh)
 
     def micro_step(params, scale, seed, tokens):
-        """Loss and gradients of one micro-batch, in float32, without the loss scale."""
-        loss, grads = jax.value_and_grad(lambda p: loss_fn(model_config, p, tokens, seed) * scale)(params)
+        """Loss and gradients of one device's rows of a micro-batch, in float32, without the loss scale."""
+
+        def scaled_loss(params):
+            return loss_fn(model_config, gather_params(params, specs, mesh, dtype), tokens, seed) * scale
+
+        loss, grads = jax.value_and_grad(scaled_loss)(params)
         return loss / scale, jax.tree.map(lambda g: g / scale if dtype == "float16" else g, grads)
 
     def seeds_of(step, micro_steps):
@@ -161,12 +215,11 @@ def make_train_step(
         return jax.random.bits(jax.random.fold_in(dropout_key, step), (micro_steps,), jnp.uint32)
 
     def summed_gradients(params, scale, seeds, tokens):
-        """Mean loss and mean gradients over micro-steps, the gradients added up in a scan and reduced over devices once."""
+        """Mean loss and mean gradients of one device's rows, over micro-steps, added up in a scan."""
         micro_steps = tokens.shape[0]
         if micro_steps == 1:
             loss, grads = micro_step(params, scale, None if seeds is None else seeds[0], tokens[0])
         else:
-
             # Queries', keys' and values' weights are apart in the loop: the model slices them and their gradients are
             # joined, each a copy that the compiler drops where the slices come from, and go back to, parts.
             parts = split_qkv(params)
@@ -181,28 +234,25 @@ def make_train_step(
             loss, grads = jax.tree.map(lambda x: x / micro_steps, (loss, grads))
         return loss, grads
 
-    def data_parallel_gradients(params, scale, seeds, tokens):
+    def mean_loss_and_gradients(params, scale, seeds, tokens):
         """summed_gradients on each device's rows alone, then one mean over devices."""
 
         def local(params, scale, seeds, tokens):
             if seeds is not None:  # other rows, other masks
-                seeds = seeds + jax.lax.axis_index("data").astype(jnp.uint32)
-            return jax.lax.pmean(summed_gradients(params, scale, seeds, tokens), "data")
+                seeds = seeds + jax.lax.axis_index(BATCH_AXES).astype(jnp.uint32)
+            loss, grads = summed_gradients(params, scale, seeds, tokens)
+            return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, specs, mesh)
 
-        specs = (P(), P(), P(), P(None, BATCH_AXES, None))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
-            params, scale, seeds, tokens
-        )
-
-    gradients = data_parallel_gradients if is_data_parallel(mesh) else summed_gradients
+        in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
+        return device_map(local, mesh, in_specs, (P(), specs))(params, scale, seeds, tokens)
 
     def updates_by_sum(state: TrainState, seeds, tokens):
-        loss, grads = gradients(state.params, state.loss_scale.scale, seeds, tokens)
+        loss, grads = mean_loss_and_gradients(state.params, state.loss_scale.scale, seeds, tokens)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return loss, updates, opt_state
 
     def updates_by_multisteps(state: TrainState, seeds, tokens):
-        """The same through optax.MultiSteps. Its accumulator is zero between steps, so no checkpoint needs to hold it."""
+        """The same through optax.MultiSteps. Its accumulator is zero between steps: no checkpoint needs it."""
         accumulating = optax.MultiSteps(optimizer, every_k_schedule=tokens.shape[0])
         empty = accumulating.init(state.params)._replace(inner_opt_state=state.opt_state)
 
@@ -210,7 +260,7 @@ def make_train_step(
             multi_state, _, total = carry
             seed, micro_tokens = xs
             seed = None if seed is None else seed[None]
-            loss, grads = gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
+            loss, grads = mean_loss_and_gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
             updates, multi_state = accumulating.update(grads, multi_state, state.params)
             return (multi_state, updates, total + loss), None
 
@@ -224,22 +274,30 @@ def make_train_step(
         loss, updates, opt_state = get_updates(state, seeds_of(state.step, tokens.shape[0]), tokens)
         norm = opt_state[0]
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good, spikes = finite, state.spikes
+        if config.spike_threshold:
+            spike, spikes = spikes.next(loss, norm, finite, config.spike_threshold)
+            good = finite & ~spike
         lr = learning_rate(config, state.step)
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: lr * u, updates))
-        keep = partial(jax.tree.map, partial(jnp.where, finite))
+        keep = partial(jax.tree.map, partial(jnp.where, good))
         state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
             loss_scale=state.loss_scale.next(finite, dtype),
-            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+            spikes=spikes,
         )
         return state, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": state.bad_steps}
 
     def train_step(state: TrainState, tokens: Integer[Array, "K A B T1"]) -> tuple[TrainState, Metrics]:
+        if tokens.shape[0] == 1:  # a loop would copy what it carries
+            state, metrics = one_step(state, tokens[0])
+            return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(one_step, state, tokens)
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     batch = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
     return jax.jit(
         train_step,
@@ -255,12 +313,7 @@ def make_eval_step(
     """The compiled function that gives the mean loss in nats of each of A batches, dropout off."""
 
     def losses(params, tokens):
-        return jax.lax.map(partial(loss_fn, model_config, params), tokens[0])
+        means = jax.lax.map(partial(loss_fn, model_config, params), tokens[0])
+        return mean_over(means, mesh, *BATCH_AXES)
 
-    def local(params, tokens):
-        return jax.lax.pmean(losses(params, tokens), "data")
-
-    specs = (P(), P(None, None, BATCH_AXES, None))
-    if is_data_parallel(mesh):
-        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
-    return jax.jit(losses, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(with_whole_params(losses, mesh, model_config.dtype, P(None, None, BATCH_AXES, None), P()))

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,8 +15,9 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Parser, parse_config, read_config, run_main, save_config
 from jaxgpt.data import RunData, prefetch
 from jaxgpt.evaluate import OpenedModel, Scorer, load_task, open_model, parse_tasks
-from jaxgpt.metrics import Reporter, Stopwatch, flops_per_token, peak_flops
+from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops
 from jaxgpt.model import GPTConfig, Params, count_params
+from jaxgpt.processes import Processes, agree
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
 
@@ -25,19 +26,24 @@ SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
 def main(argv: Sequence[str]) -> int:
-    config, _ = parse_config(argv, Parser(prog="python -m jaxgpt.train", description=__doc__))
     configure_jax()
-    return train(config)
+    with Processes():
+        config, _ = parse_config(argv, Parser(prog="python -m jaxgpt.train", description=__doc__))
+        agree("config", {"jax": jax.__version__, **config, "data_dir": "each host's own"})
+        agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
+        return train(config)
 
 
 def train(config: ConfigDict) -> guard.Exit:
     """The whole run: mesh, data, state, step, loop. Writes nothing before all that a user can get wrong is checked."""
+    check_trackers(config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     run = Path(config.out_dir)
     checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
     resume = decide_resume(config, run, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
     data = RunData(config, mesh, weights and weights.meta.vocab_size)
+    agree("data", data.facts())
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
     abstract = abstract_state(config, model_config, mesh)
     evaluate = Evaluation(config, data, model_config, mesh)
@@ -58,10 +64,10 @@ def train(config: ConfigDict) -> guard.Exit:
                 state, info, step = checkpoints.restore(abstract)
             else:
                 state, info, step = create_state(config, model_config, mesh, weights and weights.params), {}, 0
-            write_run_files(run, config, data, step)
             n_params = count_params(state.params)
             flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
             k = choose_steps_per_call(config, step, flops)
+            write_run_files(run, config, data, step, evaluated=info.get("evaluated") == step)
             train_step = make_train_step(config, model_config, mesh).lower(state, data.abstract_batch(k)).compile()
         with (
             Reporter(run, config, first_step=step) as reporter,
@@ -73,7 +79,9 @@ def train(config: ConfigDict) -> guard.Exit:
                 if (step % config.eval_interval == 0 or step == config.max_iters) and info.get("evaluated") != step:
                     log.flush()
                     with watchdog.allow("evaluation", SLOW_LIMIT_S):
-                        scores = evaluate(state.params)
+                        scores = evaluate(state.params, stop.requested)
+                    if scores is None:  # it is begun again when the run goes on
+                        break
                     reporter.say(evaluate.line(f"step {step}", scores))
                     reporter.record(step, scores)
                     improved = scores["val_loss"] < info.get("best_val_loss", math.inf)
@@ -90,11 +98,11 @@ def train(config: ConfigDict) -> guard.Exit:
                 watchdog.beat()
             log.flush()
             with watchdog.allow("save", SLOW_LIMIT_S):
-                checkpoints.save(step, state, info if info["evaluated"] == step else info | {"val_loss": None})
+                checkpoints.save(step, state, info if info.get("evaluated") == step else info | {"val_loss": None})
                 saved = checkpoints.wait()
     if not saved:
         raise UserError(f"the last checkpoint is not saved in {run}; make room and resume", guard.Exit.FAILURE)
-    return guard.Exit.DONE if step == config.max_iters else guard.Exit.STOPPED
+    return guard.Exit.DONE if info.get("evaluated") == config.max_iters else guard.Exit.STOPPED
 
 
 def decide_resume(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> bool:
@@ -127,12 +135,12 @@ def open_weights(config: ConfigDict, mesh: Mesh) -> OpenedModel:
     return model
 
 
-def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int) -> None:
+def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, *, evaluated: bool) -> None:
     """config.json and the tokenizer's files, so that the folder alone is enough to sample from; trims metrics.jsonl."""
     if jax.process_index() == 0:
         save_config(config, run)
         data.copy_tokenizer(run)
-        guard.trim_jsonl(run / "metrics.jsonl", step)
+        guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
 
 
 def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) -> int:
@@ -168,6 +176,10 @@ def describe(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, data: RunD
     return "\n".join(lines)
 
 
+class Interrupted(Exception):
+    """A stop was asked for during an evaluation."""
+
+
 class Evaluation:
     """Mean losses of fixed batches of every split, and the scores of eval_tasks."""
 
@@ -178,13 +190,27 @@ class Evaluation:
         self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
         self._scorer = Scorer(model_config, mesh) if files else None
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """The scores by name; None if `stop`, asked every few batches, is true before they are there."""
         self._batches = self._batches or self._data.eval_batches()
-        losses = {split: self._step(params, tokens) for split, tokens in self._batches.items()}
-        scores = {f"{split}_loss": float(np.mean(x, dtype=np.float64)) for split, x in jax.device_get(losses).items()}
-        scores["val_ppl"] = math.exp(min(scores["val_loss"], 700.0))
-        for name, task in self._tasks.items():
-            scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params).items()}
+        scores = {}
+
+        def check() -> None:
+            if stop():
+                raise Interrupted
+
+        try:
+            for split, calls in self._batches.items():
+                losses = []
+                for tokens in calls:
+                    check()
+                    losses.append(jax.device_get(self._step(params, tokens)))
+                scores[f"{split}_loss"] = float(np.mean(losses, dtype=np.float64))
+            scores["val_ppl"] = math.exp(min(scores["val_loss"], 700.0))
+            for name, task in self._tasks.items():
+                scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}
+        except Interrupted:
+            return None
         return scores
 
     @staticmethod
@@ -225,8 +251,8 @@ class StepLog:
                 self._reporter.record(step, {"skipped": bad})
                 if bad >= self._config.max_bad_steps:
                     raise UserError(
-                        f"{bad} steps in a row up to {step} had no finite loss and gradient; the last good checkpoint "
-                        f"is in {self._config.out_dir}: resume from it with a lower learning_rate",
+                        f"{bad} steps in a row up to {step} were dropped: loss or gradient not finite, or a spike; the "
+                        f"last good checkpoint is in {self._config.out_dir}: resume from it with a lower learning_rate",
                         status=guard.Exit.DIVERGED,
                     )
             elif step % self._config.log_interval == 0:

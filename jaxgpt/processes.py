@@ -1,0 +1,272 @@
+"""Several processes as one program: they find each other, agree before the first step, and end together.
+
+jax.distributed connects them; process 0 runs its coordinator. A process that fails tells the others why through the
+coordinator, and each ends itself. One that goes silent (killed, stopped, cut off) is missed by jax.distributed's
+heartbeats, which then end the others.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+from jax._src import distributed  # its client, the only way to the coordinator's keys, has no public name
+
+from jaxgpt import UserError
+
+HEARTBEAT_TIMEOUT_S = 40  # a silent process is given up after this: all others end within a minute
+POLL_S = 1.0  # how often a process asks whether another one failed
+LINGER_S = 3.0  # how long process 0 outlives its failure, so that the others hear of it
+FAILURE = "jaxgpt/failure"  # the coordinator's key of the first failure
+
+# Launchers' variables: the number of processes and this one's index; the same on this host alone
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+    """What jax.distributed.initialize needs to be told here; None for a process that runs alone.
+
+    The first that is there counts: JAX_NUM_PROCESSES with JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS (a number of 1:
+    alone, whatever else is there); torchrun; Open MPI; SLURM; a TPU pod; an indexed Kubernetes Job. What the result
+    leaves out, JAX finds. Where several processes share a host, each gets an equal part of its GPUs. Raises UserError.
+    """
+    if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
+        count = _number(env, "JAX_NUM_PROCESSES")
+        if count == 1:
+            return None
+        if "JAX_COORDINATOR_ADDRESS" not in env:
+            raise UserError(
+                "JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; set it to HOST:PORT of process 0"
+            )
+        known = {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "cluster_detection_method": "deactivate"}
+        return {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID"), **known}
+
+    if "RANK" in env and "MASTER_ADDR" in env:
+        # torchrun's agent itself listens at MASTER_PORT
+        port = _number(env, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in env)
+        address = f"{env['MASTER_ADDR']}:{env.get('JAX_COORDINATOR_PORT', port)}"
+        count, index, here, local = (_number(env, name) for name in TORCHRUN)
+        return _cluster(count, index, here, local, env, address)
+
+    if "OMPI_COMM_WORLD_RANK" in env:
+        count, index, here, local = (_number(env, name) for name in OPEN_MPI)
+        if launcher := re.fullmatch(r"prterun-(.+)-(\d+)@\d+", env.get("PMIX_NAMESPACE", "")):  # Open MPI 5
+            port = env.get("JAX_COORDINATOR_PORT", 61440 + int(launcher[2]) % 4096)
+            return _cluster(count, index, here, local, env, f"{launcher[1]}:{port}")
+        return _cluster(count, index, here, local, env, method="ompi")
+
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
+        count, index = _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_PROCID")
+        runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # 8(x2),4 is 8, 8, 4
+        tasks = [int(n) for n, times in runs for _ in range(int(times or 1))]
+        here = tasks[min(_number(env, "SLURM_NODEID"), len(tasks) - 1)]
+        return _cluster(count, index, here, _number(env, "SLURM_LOCALID"), env, method="slurm")
+
+    if importlib.util.find_spec("libtpu"):
+        hosts = (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or "").split(",")
+        several = len(hosts) > 1 or env.get("MEGASCALE_NUM_SLICES", "1") != "1"
+        asks_cloud = hosts == [""] and "TPU_SKIP_MDS_QUERY" not in env and has_tpu()
+        if several or asks_cloud:
+            return {}
+
+    if "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env:
+        if not importlib.util.find_spec("kubernetes"):
+            raise UserError(
+                "this pod is of an indexed Kubernetes Job, and finding the others needs pip install kubernetes; "
+                "set JAX_NUM_PROCESSES=1 if it is to train alone"
+            )
+        return {}
+    return None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if not env.get(name, "").isdecimal():
+        found = f"is {env[name]!r}, not a number" if name in env else "is not set"
+        raise UserError(f"{name} {found}; the launcher's other variables are there: set them all, or none")
+    return int(env[name])
+
+
+def _cluster(
+    count: int, index: int, here: int, local: int, env: Mapping[str, str], address: str | None = None, method: str = ""
+) -> dict[str, Any] | None:
+    if count == 1:
+        return None
+    known = {"num_processes": count, "process_id": index, "cluster_detection_method": method or "deactivate"}
+    if address:
+        known["coordinator_address"] = address
+    if "JAX_LOCAL_DEVICE_IDS" not in env and (gpus := _own_gpus(here, local, env)):
+        known["local_device_ids"] = gpus  # without it JAX takes one, even where this process has the host to itself
+    return known
+
+
+def _own_gpus(here: int, local: int, env: Mapping[str, str]) -> list[int]:
+    """The share of process `local` of the `here` ones on this host in the GPUs that they see; empty without GPUs."""
+    gpus = count_gpus(env)
+    if gpus == 1 and "CUDA_VISIBLE_DEVICES" in env:  # the launcher has shared them out
+        return [0]
+    share, rest = divmod(gpus, here)
+    if rest:
+        raise UserError(
+            f"{here} processes cannot share this host's {gpus} GPUs evenly; start a number that divides {gpus}"
+        )
+    return list(range(local * share, (local + 1) * share))
+
+
+def count_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """How many NVIDIA GPUs this process may use, found out without starting JAX's backends."""
+    if env.get("JAX_PLATFORMS") == "cpu":
+        return 0
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    return len(glob.glob("/dev/nvidia[0-9]*")) if visible is None else len([x for x in visible.split(",") if x])
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips, found out without starting JAX's backends."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+class Processes:
+    """A context in which the processes of a run are connected and end together; for one that runs alone, nothing.
+
+    Within it only process 0 writes to stdout, and the others' warnings are left out. It does not return from an error
+    in one of several processes: each ends with that error's status. JAXGPT_START_TIMEOUT: how many seconds to wait for
+    the others, 300 by default.
+    """
+
+    def __init__(self):
+        self._left, self._ending = threading.Event(), threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name="processes", daemon=True)
+        self._cluster: dict[str, Any] | None = None
+
+    def __enter__(self) -> "Processes":
+        self._cluster = find_cluster()
+        if self._cluster is not None:
+            self._connect(self._cluster, start_timeout())
+        if self._cluster is not None:
+            self._watcher.start()
+            if _index() > 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                logging.disable(logging.WARNING)
+                warnings.simplefilter("ignore")
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._cluster is None:
+            return
+        if error is None:
+            self._left.set()
+            self._watcher.join()
+            return
+        if isinstance(error, UserError):
+            self._end({"status": error.status, "message": str(error)})
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self._end({"status": 130 if interrupted else 1, "message": f"{type(error).__name__}: {error}"}, error)
+
+    def _connect(self, cluster: dict[str, Any], timeout: float) -> None:
+        # JAX aborts the process when its own time is up; ours comes first and says why
+        alarm = threading.Timer(timeout, self._nobody_came, (timeout,))
+        alarm.daemon = True
+        alarm.start()
+        times: dict[str, Any] = {
+            "initialization_timeout": int(timeout) + 60,
+            "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT_S,
+        }
+        try:
+            jax.distributed.initialize(**cluster, **times)
+        except (RuntimeError, ValueError, OSError) as error:
+            if not cluster and distributed.global_state.coordinator_address is None:
+                self._cluster = None  # a TPU that is not of a pod
+                return
+            hint = "JAX_NUM_PROCESSES=1 if it is to run alone"
+            raise UserError(f"this process cannot join the others ({error}); set {hint}") from None
+        finally:
+            alarm.cancel()
+
+    @staticmethod
+    def _nobody_came(timeout: float) -> None:
+        state = distributed.global_state
+        who = f"process {state.process_id} of {state.num_processes or 'several'}"
+        host, _, port = (state.coordinator_address or "").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            found = "it answers, but not all processes came: see which did not start, or started with another number"
+        except (OSError, ValueError) as error:
+            found = f"nothing answers there ({error}): see whether process 0 started, and its port can be reached"
+        at = state.coordinator_address or "an address that JAX did not find out"
+        print(
+            f"error: {who} waited {timeout:g} s for the others, coordinator {at}; {found}", file=sys.stderr, flush=True
+        )
+        os._exit(2)
+
+    def _watch(self) -> None:
+        while not self._left.wait(POLL_S):
+            try:
+                cause = json.loads(_client().key_value_try_get(FAILURE))
+            except jax.errors.JaxRuntimeError:  # no such key; or no coordinator, which JAX deals with
+                continue
+            self._end(cause)
+
+    def _end(self, cause: dict[str, Any], error: BaseException | None = None) -> None:
+        """Ends this process with the first failure's cause: this one, unless another was there before."""
+        self._ending.acquire()  # for good
+        cause = {"process": _index(), "host": socket.gethostname(), **cause}
+        try:
+            _client().key_value_set(FAILURE, json.dumps(cause))
+        except jax.errors.JaxRuntimeError:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
+                cause = json.loads(_client().key_value_try_get(FAILURE))
+        sys.stdout.flush()
+        if cause["process"] == _index() and error is not None:
+            traceback.print_exception(error)
+        by = "" if cause["process"] == _index() else f"process {cause['process']} on {cause['host']}: "
+        print(f"error: {by}{' '.join(cause['message'].split())}", file=sys.stderr, flush=True)
+        if _index() == 0:
+            time.sleep(LINGER_S)
+        os._exit(cause["status"])
+
+
+def start_timeout() -> float:
+    """Seconds to wait for other processes at the start."""
+    text = os.environ.get("JAXGPT_START_TIMEOUT", "300")
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"JAXGPT_START_TIMEOUT={text} is not a number of seconds") from None
+
+
+def agree(topic: str, facts: Mapping[str, Any]) -> None:
+    """Returns when all processes came here with the same facts. UserError on each whose facts are not process 0's."""
+    if not jax.distributed.is_initialized():
+        return
+    client, limit_ms = _client(), int(1000 * start_timeout())
+    ours = {key: str(value) for key, value in facts.items()}
+    if _index() == 0:
+        client.key_value_set(f"jaxgpt/{topic}", json.dumps(ours))
+    theirs = json.loads(client.blocking_key_value_get(f"jaxgpt/{topic}", limit_ms))
+    differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}={ours.get(key)} here, {theirs.get(key)} in process 0" for key in differing[:3])
+        raise UserError(f"{shown}; start every process with the same")
+    client.wait_at_barrier(f"jaxgpt/{topic}", limit_ms)
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _index() -> int:
+    return distributed.global_state.process_id

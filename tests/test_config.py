@@ -1,0 +1,318 @@
+"""Presets, flags and what a user gets wrong: always one line that helps, never a traceback."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import UserError
+from jaxgpt.config import (
+    AT_LEAST,
+    BELOW,
+    CHOICES,
+    GPT2_SIZES,
+    Parser,
+    default_config,
+    load_preset,
+    parse_config,
+    read_config,
+    run_main,
+    save_config,
+    unknown_key,
+    validate,
+)
+from jaxgpt.model import GPTConfig, abstract_params, count_params
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CPU = f"{CONFIGS / 'shakespeare_char.py'}:cpu"
+SIZES = {"gpt2": GPT2_SIZES, "shakespeare_char": ("full", "cpu")}
+PRESETS = [
+    f"{path}:{size}" if size else str(path)
+    for path in sorted(CONFIGS.glob("*.py"))
+    for size in ("", *SIZES.get(path.stem, ()))
+]
+
+
+def parse(*argv: str):
+    return parse_config(argv, Parser(prog="test"))[0]
+
+
+def preset(folder: Path, body: str) -> str:
+    path = folder / "preset.py"
+    path.write_text(
+        f"from jaxgpt.config import default_config\n\n\ndef get_config():\n    c = default_config()\n{body}\n"
+    )
+    return str(path)
+
+
+# --- presets ---
+
+
+@pytest.mark.parametrize("spec", PRESETS, ids=lambda spec: Path(spec).name)
+def test_every_preset_is_a_valid_config(spec):
+    config = parse("--config", spec)
+    assert set(config) == set(default_config())
+    assert config.dataset and config.out_dir.startswith("out")
+
+
+def test_the_values_of_nanogpts_own_presets():
+    """From its config/train_shakespeare_char.py, its README's CPU recipe and config/train_gpt2.py."""
+    full = load_preset(str(CONFIGS / "shakespeare_char.py"))
+    assert (full.n_layer, full.n_head, full.n_embd, full.block_size, full.batch_size) == (6, 6, 384, 256, 64)
+    assert (full.dropout, full.learning_rate, full.min_lr, full.beta2, full.warmup_iters) == (
+        0.2,
+        1e-3,
+        1e-4,
+        0.99,
+        100,
+    )
+    assert (full.max_iters, full.lr_decay_iters, full.eval_interval, full.eval_iters) == (5000, 5000, 250, 200)
+    cpu = load_preset(CPU)
+    assert (cpu.n_layer, cpu.n_head, cpu.n_embd, cpu.block_size, cpu.batch_size) == (4, 4, 128, 64, 12)
+    assert (cpu.max_iters, cpu.lr_decay_iters, cpu.dropout, cpu.eval_iters) == (2000, 2000, 0.0, 20)
+    gpt2 = load_preset(str(CONFIGS / "gpt2.py"))
+    assert gpt2.batch_size * gpt2.gradient_accumulation_steps * gpt2.block_size == 491_520
+    assert (gpt2.learning_rate, gpt2.min_lr, gpt2.weight_decay, gpt2.warmup_iters) == (6e-4, 6e-5, 0.1, 2000)
+    assert gpt2.max_iters == gpt2.lr_decay_iters == 600_000
+
+
+@pytest.mark.parametrize(
+    "size, millions", [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)]
+)
+def test_sizes_are_openais(size, millions):
+    """Each takes the same tokens a step. OpenAI's have biases and no padding, which the presets leave to the model."""
+    config = load_preset(f"{CONFIGS / 'gpt2.py'}:{size}")
+    assert config.batch_size * config.gradient_accumulation_steps == 480
+    one, two = (
+        count_params(abstract_params(GPTConfig(n_layer=n, n_head=config.n_head, n_embd=config.n_embd, bias=True)))
+        for n in (1, 2)
+    )
+    total = one + (config.n_layer - 1) * (two - one) + 1024 * config.n_embd
+    assert round(total / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("    c.n_layers = 3\n    return c", "there is no key n_layers; did you mean n_layer?"),
+        ("    c.learning_rte = 3\n    return c", "did you mean learning_rate?"),
+        ("    c['drop_out'] = 0.1\n    return c", "did you mean dropout?"),
+        ("    c.update(blocksize=8)\n    return c", "did you mean block_size?"),
+        ("    c.max_iters = c.maxiters\n    return c", "did you mean max_iters?"),
+        ("    c.n_layer = 'six'\n    return c", "n_layer"),
+        ("    c.n_layer = 6.5\n    return c", "n_layer"),
+        ("    return c +", "invalid syntax"),
+        ("    return d", "name 'd' is not defined"),
+        ("    import no_such_module\n    return c", "no_such_module"),
+        ("    return 1 / 0", "division by zero"),
+        ("    pass", "get_config() returned no config"),
+        ("    return dict(n_layer=3)", "get_config() returned"),
+        ("    return type(c)({'n_layer': 3})", "get_config() returned"),
+    ],
+)
+def test_a_mistake_in_a_preset_is_one_line(tmp_path, body, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        parse("--config", preset(tmp_path, body))
+    assert "preset.py" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("configs/gpt3.py", "no preset file configs/gpt3.py; those in configs/: configs"),
+        ("configs", "no preset file configs"),
+        ("configs/gpt2.py:gpt2-huge", "gpt2 has no size 'gpt2-huge'; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+        ("pyproject.toml", "pyproject.toml is not a Python file"),
+        ("jaxgpt/config.py", "get_config"),
+    ],
+)
+def test_a_preset_that_is_none(spec, message, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse("--config", spec)
+
+
+# --- flags ---
+
+
+def test_flags_override_the_preset():
+    config = parse("--config", CPU, "--config.n_layer=2", "--config.learning_rate", "1e-4", "--config.max_iters=1e5")
+    assert (config.n_layer, config.learning_rate, config.max_iters, config.n_head) == (2, 1e-4, 100_000, 4)
+    assert parse("--config", CPU, "--config.max_iters=600_000").max_iters == 600_000
+    assert parse("--config", CPU, "--config.bias").bias is True
+    assert parse("--config", CPU, "--config.decay_lr=False").decay_lr is False
+    assert parse("--config", CPU, "--config.out_dir=out=x").out_dir == "out=x"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config.n_layr=3"], "there is no key n_layr; did you mean n_layer?"),
+        (["--config.batchsize", "3"], "did you mean batch_size?"),
+        (["--config.qqqqqq=3"], "there is no key qqqqqq; jaxgpt/config.py lists the keys"),
+        (["--n_layer=3"], "unknown argument --n_layer; did you mean --config.n_layer?"),
+        (["n_layer=3"], "unknown argument n_layer"),
+        (["--config.n_layer=four"], "--config.n_layer: invalid integer value: 'four'"),
+        (["--config.n_layer=2.5"], "invalid integer value: '2.5'"),
+        (["--config.n_layer"], "expected one argument"),
+        (["--config.learning_rate=fast"], "invalid float value: 'fast'"),
+        (["--config.bias=maybe"], "invalid boolean value: 'maybe'"),
+        (["--config.dtype=fp8"], "dtype='fp8' is not one of auto, bfloat16, float16, float32"),
+        (["--config.learning_rate=nan"], "learning_rate=nan is not a finite number"),
+        (["--config.batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--config.dropout=1"], "dropout=1.0 must be below 1"),
+        (["--config.mesh_data=0"], "mesh_data=0 must be a number of devices, or -1"),
+        (["--config.min_lr=1"], "min_lr=1.0 is above learning_rate"),
+        (["--config.out_dir="], "out_dir is empty"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse("--config", CPU, *argv)
+
+
+def test_no_preset_is_one_line():
+    with pytest.raises(UserError, match="required: --config; test --help lists the arguments"):
+        parse("--config.n_layer=3")
+
+
+def test_limits_name_real_keys():
+    keys = set(default_config())
+    assert set(CHOICES) | set(AT_LEAST) | set(BELOW) <= keys
+    for key, choices in CHOICES.items():
+        assert default_config()[key] in choices
+
+
+@given(st.sampled_from(sorted(default_config())), st.integers(0, 20), st.sampled_from(["drop", "double", "swap"]))
+def test_the_nearest_key_is_found(key, place, how):
+    """Any one slip of the pen leads back to the key, or to another one as near."""
+    i = place % (len(key) - 1)
+    wrong = {
+        "drop": key[:i] + key[i + 1 :],
+        "double": key[: i + 1] + key[i:],
+        "swap": key[:i] + key[i + 1] + key[i] + key[i + 2 :],
+    }[how]
+    if wrong not in default_config():
+        assert "did you mean" in unknown_key(wrong)
+
+
+WORDS = st.one_of(
+    st.sampled_from([f"--config.{key}" for key in default_config()]),
+    st.sampled_from(["--config", "--", "-", "--config.", "-x", "--conf", "=", "1e400", "-1", "true", "0", "1_0", "١"]),
+    st.text(max_size=8),
+    st.builds("--config.{}={}".format, st.sampled_from(sorted(default_config())), st.text(max_size=8)),
+    st.builds(
+        "--config.{}={}".format,
+        st.sampled_from(sorted(default_config())),
+        st.one_of(st.integers(), st.floats(), st.booleans()),
+    ),
+)
+
+
+@given(st.lists(WORDS, max_size=4))
+def test_any_arguments_make_a_config_or_one_line(words):
+    argv = ["--config", CPU, *(word for word in words if not word.startswith(("-h", "--h")))]
+    try:
+        config = parse(*argv)
+    except UserError as error:
+        assert str(error)
+        return
+    validate(config)
+    assert all(type(config[key]) is type(value) for key, value in default_config().items())
+
+
+@given(st.text(max_size=40))
+def test_any_preset_name_is_a_config_or_one_line(text):
+    for spec in (text, f"{CPU.partition(':')[0]}:{text}"):
+        try:
+            parse(f"--config={spec}")
+        except UserError as error:
+            assert str(error)
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--config", CPU, "--help")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--config.{key}" in shown for key in default_config())
+
+
+# --- a run's config.json ---
+
+
+def test_config_json_round_trip(tmp_path):
+    config = load_preset(CPU)
+    save_config(config, tmp_path)
+    assert read_config(tmp_path).to_dict() == config.to_dict()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    older = config.to_dict()
+    del older["dropout"]
+    (tmp_path / "config.json").write_text(json.dumps({**older, "key_of_a_later_version": 1}))
+    assert read_config(tmp_path).to_dict() == {**config.to_dict(), "dropout": default_config().dropout}
+
+
+@given(
+    st.one_of(st.binary(max_size=30), st.recursive(st.one_of(st.none(), st.floats(), st.text(max_size=5)), st.lists))
+)
+def test_any_config_json_is_a_config_or_one_line(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("run")
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("n_layer", "six"), ("n_layer", 0), ("dtype", "fp8"), ("bias", None), ("seed", [])]
+)
+def test_a_wrong_value_in_config_json_is_one_line(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(UserError, match=key):
+        read_config(tmp_path)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run: it has no config.json; check out_dir"):
+        read_config(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError):
+        read_config(tmp_path / "file")
+
+
+# --- entry points ---
+
+
+def end_of(main, monkeypatch, capsys):
+    """Status, stdout and stderr of an entry point."""
+    monkeypatch.setattr(sys, "argv", ["prog", "a", "b"])
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_run_main(monkeypatch, capsys):
+    seen = []
+    assert end_of(lambda argv: seen.append(argv), monkeypatch, capsys) == (None, "", "")
+    assert seen == [["a", "b"]]
+    assert end_of(lambda argv: 75, monkeypatch, capsys) == (75, "", "")
+
+    def mistake(argv):
+        raise UserError("two\n  lines; mend them")
+
+    assert end_of(mistake, monkeypatch, capsys) == (2, "", "error: two lines; mend them\n")
+
+    def diverged(argv):
+        raise UserError("gone", status=77)
+
+    assert end_of(diverged, monkeypatch, capsys) == (77, "", "error: gone\n")
+
+    def bug(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(bug)

@@ -1,0 +1,174 @@
+"""FLOPs as nanoGPT counts them, peaks by device, the clock, and every place that metrics are written to."""
+
+import io
+import json
+import math
+import sys
+import time
+import types
+import warnings
+from unittest import mock
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import UserError, metrics
+from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops, peak_memory_gib
+
+
+def device(kind: str):
+    return mock.Mock(spec=jax.Device, device_kind=kind)
+
+
+@given(*[st.integers(1, 10**4)] * 5)
+def test_flops_are_nanogpts_estimate(n_params, n_layer, n_head, head, block_size):
+    """nanoGPT's estimate_mfu: flops_per_token = 6*N + 12*L*H*Q*T with H heads of size Q."""
+    want = 6 * n_params + 12 * n_layer * n_head * head * block_size
+    assert flops_per_token(n_params, n_layer, n_head * head, block_size) == pytest.approx(want, rel=1e-12)
+
+
+def test_flops_of_gpt2():
+    """0.86 GFLOPs a token, as PaLM's appendix B has it: 6 · 124M, and 12 · 12 · 768 · 1024 for attention."""
+    assert flops_per_token(123_587_328, 12, 768, 1024) == 741_523_968 + 113_246_208
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+    ],
+)
+def test_peaks_are_the_makers(kind, tflops):
+    assert peak_flops(device(kind)) == tflops * 1e12
+
+
+def test_no_peak_is_made_up():
+    assert peak_flops(jax.devices()[0]) is None
+    assert peak_flops(device("NVIDIA GeForce GTX 1080")) is None
+    assert peak_memory_gib() == 0.0
+
+
+def test_the_stopwatch(monkeypatch):
+    """Speed between laps: per step, leaving out pauses. MFU is of the peak of all eight devices, where it is known."""
+    clock = iter([10.0, 11.0, 13.0, 14.0, 14.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    plain = Stopwatch(flops_per_step=2e12, tokens_per_step=500)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
+    watch = Stopwatch(flops_per_step=2e12, tokens_per_step=500)
+    assert watch.lap(100) == {}
+    assert watch.lap(110) == pytest.approx({"step_ms": 100.0, "tokens_per_s": 5000.0, "mfu": 2e12 / 0.1 / 8e12})
+    watch.pause()
+    assert watch.lap(120) == {}
+    assert watch.lap(121)["step_ms"] == pytest.approx(1000.0)
+    assert watch.lap(121) == {}  # no step, no speed
+    clock = iter([0.0, 1.0])
+    plain.lap(0)
+    assert set(plain.lap(1)) == {"step_ms", "tokens_per_s"}
+
+
+# --- the reporter ---
+
+
+def lines(folder):
+    """metrics.jsonl, by a parser that takes JSON only: NaN is an error."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def test_metrics_jsonl(tmp_path, tiny_config, capsys):
+    config = tiny_config(out_dir=str(tmp_path))
+    with Reporter(tmp_path, config, first_step=0) as reporter:
+        reporter.say("a line")
+        reporter.record(1, {"loss": 3.25, "grad_norm": math.inf})
+        reporter.record(2, {"loss": math.nan})
+        assert len(lines(tmp_path)) == 2  # at once, for whoever watches
+        reporter.progress(2, loss="3.25")
+    with Reporter(tmp_path, config, first_step=2) as reporter:
+        reporter.record(3, {"val_loss": 1.0})
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 3.25, "grad_norm": None},
+        {"step": 2, "loss": None},
+        {"step": 3, "val_loss": 1.0},
+    ]
+    assert capsys.readouterr() == ("a line\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_progress_bar_on_a_terminal(tmp_path, tiny_config, monkeypatch, capsys):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Reporter(tmp_path, tiny_config(max_iters=8), first_step=2) as reporter:
+        reporter.progress(6, loss="1.5")
+        reporter.say("above it")
+        reporter.progress(8, loss="1.25")
+    assert "2/8" in terminal.getvalue() and "8/8" in terminal.getvalue() and "loss=1.25" in terminal.getvalue()
+    assert capsys.readouterr().out == "above it\n"
+
+
+def test_other_processes_write_nothing(tmp_path, tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Reporter(tmp_path, tiny_config(tensorboard_log=True, wandb_log=True), first_step=0) as reporter:
+        reporter.say("a line")
+        reporter.record(1, {"loss": 1.0})
+        reporter.progress(1)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_a_warning(tmp_path, tiny_config):
+    with Reporter(tmp_path, tiny_config(), first_step=0) as reporter:
+        full = mock.Mock()
+        full.write.side_effect = OSError(28, "No space left on device")
+        reporter._file.close()
+        reporter._file = full
+        with pytest.warns(UserWarning, match="No space left on device; the run goes on"):
+            reporter.record(1, {"loss": 1.0})
+
+
+def test_tensorboard(tmp_path, tiny_config):
+    with Reporter(tmp_path, tiny_config(tensorboard_log=True), first_step=0) as reporter:
+        reporter.record(5, {"loss": 3.25, "grad_norm": math.nan})
+        reporter.record(6, {"loss": 3.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorBoard's own imports
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (path,) = tmp_path.glob("*tfevents*")
+    values = [
+        (e.step, v.tag, v.tensor.float_val[0]) for e in EventFileLoader(str(path)).Load() for v in e.summary.value
+    ]
+    assert values == [(5, "loss", 3.25), (6, "loss", 3.0)]
+
+
+def test_wandb(tmp_path, tiny_config, monkeypatch):
+    """What it is told: the names and the config. Its key it takes from its own environment variable."""
+    wandb = types.ModuleType("wandb")
+    wandb.init = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny_config(wandb_log=True, wandb_project="p", wandb_run_name="r")
+    with Reporter(tmp_path, config, first_step=0) as reporter:
+        reporter.record(5, {"loss": 3.25, "grad_norm": math.nan})
+    assert wandb.init.call_args.kwargs["project"] == "p" and wandb.init.call_args.kwargs["name"] == "r"
+    assert wandb.init.call_args.kwargs["config"] == config.to_dict()
+    assert wandb.init.return_value.mock_calls == [mock.call.log({"loss": 3.25}, step=5), mock.call.finish()]
+
+
+@pytest.mark.parametrize("key, module", [("tensorboard_log", "tensorboard"), ("wandb_log", "wandb")])
+def test_a_missing_tracker_is_one_line(tiny_config, monkeypatch, key, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    check_trackers(tiny_config())
+    with pytest.raises(UserError, match=rf"{key} needs the package {module}: pip install 'jaxgpt\[track\]'"):
+        check_trackers(tiny_config(**{key: True}))

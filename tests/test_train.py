@@ -1,0 +1,336 @@
+"""Whole runs: resuming to the bit, exact counts, what is printed and written, and what a user gets wrong."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import UserError
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import read_config, run_main
+from jaxgpt.step import abstract_state, make_model_config
+from jaxgpt.train import choose_steps_per_call, main
+
+CPU = f"{Path(__file__).parents[1] / 'configs' / 'shakespeare_char.py'}:cpu"
+TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.2, batch_size=1, gradient_accumulation_steps=8)
+TINY |= dict(eval_iters=2, eval_interval=3, log_interval=1, learning_rate=1e-2, min_lr=1e-3, warmup_iters=2)
+TINY |= dict(max_iters=8, lr_decay_iters=8, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def arguments(token_folder):
+    """arguments(out_dir, **values): the command line of a run of eight small steps, with dropout."""
+
+    def make(out_dir, **values):
+        values = {**TINY, "data_dir": token_folder, "out_dir": out_dir, **values}
+        return ["--config", CPU, *(f"--config.{key}={value}" for key, value in values.items())]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, arguments):
+    """The folder of a finished run, and what was printed; tests read it or copy it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(arguments(out)) == 0
+    return out
+
+
+def rows(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(out) -> dict[int, tuple]:
+    """Step to exactly what was logged of it but for its speed; no step may be logged twice."""
+    found = [row for row in rows(out) if "loss" in row]
+    assert len({row["step"] for row in found}) == len(found)
+    return {row["step"]: (row["loss"], row["lr"], row["grad_norm"]) for row in found}
+
+
+def state_of(out, mesh):
+    """The newest checkpoint's state, its info and its step."""
+    config = read_config(out)
+    return Checkpoints(out).restore(abstract_state(config, make_model_config(config, 27, mesh), mesh))
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def contents(folder: Path) -> dict:
+    """Every file below it with its bytes, and every folder."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+# --- the same run ---
+
+
+@pytest.mark.parametrize("how", ["resume", "auto"])
+def test_stopping_and_resuming_changes_no_bit(finished, arguments, tmp_path, mesh, how):
+    """Half the steps, then the other half: parameters, optimizer state and what is logged, dropout being on."""
+    out = tmp_path / "run"
+    main(arguments(out, max_iters=4))
+    assert int(state_of(out, mesh)[0].step) == 4
+    main(arguments(out, init_from=how))
+    whole, info, step = state_of(finished, mesh)
+    halves, halves_info, halves_step = state_of(out, mesh)
+    assert step == halves_step == int(halves.step) == 8
+    assert bits(whole) == bits(halves)
+    assert logged(out) == logged(finished) and list(logged(out)) == list(range(1, 9))
+    assert halves_info["val_loss"] == info["val_loss"]
+
+
+def test_evaluating_changes_no_training_loss(finished, arguments, tmp_path):
+    for interval, iters in ((1, 1), (8, 5)):
+        out = tmp_path / f"every{interval}"
+        main(arguments(out, eval_interval=interval, eval_iters=iters))
+        assert logged(out) == logged(finished)
+        assert [row["step"] for row in rows(out) if "val_loss" in row] == list(range(0, 9, interval))
+
+
+def test_several_steps_a_call_are_the_same_steps(arguments, tmp_path, mesh):
+    """Every step is logged, and stopping between calls changes no bit; one step a call may round otherwise."""
+    one, four, halves = tmp_path / "one", tmp_path / "four", tmp_path / "halves"
+    main(arguments(one, eval_interval=4))
+    main(arguments(four, eval_interval=4, steps_per_call=4))
+    main(arguments(halves, eval_interval=4, steps_per_call=4, max_iters=4))
+    main(arguments(halves, eval_interval=4, steps_per_call=4, init_from="resume"))
+    assert logged(four).keys() == logged(one).keys()
+    np.testing.assert_allclose(list(logged(four).values()), list(logged(one).values()), rtol=1e-4)
+    assert logged(halves) == logged(four)
+    assert bits(state_of(halves, mesh)[0]) == bits(state_of(four, mesh)[0])
+
+
+def test_a_terminated_run_goes_on_to_the_same_end(arguments, tmp_path, mesh):
+    """SIGTERM to a real process among its steps: it saves and exits with 75, and the same command finishes the run."""
+    long = dict(max_iters=300, lr_decay_iters=300, eval_interval=300, init_from="auto")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main(arguments(whole, **long))
+    command = [sys.executable, "-W", "error", "-m", "jaxgpt.train", *arguments(parts, **long)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("iter 5:"):
+                process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == "SIGTERM: saving, then stopping; once more stops at once\n"
+    assert process.returncode == 75
+    state, info, step = state_of(parts, mesh)
+    assert 5 <= step < 300 and int(state.step) == step and info["val_loss"] is None
+    main(arguments(parts, **long))
+    assert bits(state_of(parts, mesh)[0]) == bits(state_of(whole, mesh)[0])
+    assert logged(parts) == logged(whole)
+
+
+# --- a run's course ---
+
+
+def test_exactly_max_iters_updates(finished, mesh):
+    state, info, step = state_of(finished, mesh)
+    counts = [int(x) for p, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if "count" in str(p[-1])]
+    assert counts == [8] and step == int(state.step) == 8
+    assert list(logged(finished)) == list(range(1, 9))
+    assert [row["step"] for row in rows(finished) if "val_loss" in row] == [0, 3, 6, 8]
+    losses = {row["step"]: row["val_loss"] for row in rows(finished) if "val_loss" in row}
+    assert losses[8] < losses[0]  # it learns
+    assert info["best_val_loss"] == min(losses.values()) and losses[info["best_step"]] == info["best_val_loss"]
+
+
+def test_the_runs_folder(finished, token_folder):
+    """All that sampling needs is in it; and nothing that is left over."""
+    assert {path.name for path in finished.iterdir()} == {"config.json", "metrics.jsonl", "meta.json", "checkpoints"}
+    assert read_config(finished).n_embd == 16
+    ours, corpus = (json.loads((folder / "meta.json").read_text()) for folder in (finished, token_folder))
+    assert (ours["itos"], ours["vocab_size"]) == (corpus["itos"], 27)
+    assert {path.name for path in (finished / "checkpoints").iterdir()} <= {"3", "6", "8"}
+
+
+def test_what_metrics_jsonl_says(finished):
+    for row in rows(finished):
+        if "val_loss" in row:
+            assert set(row) == {"step", "train_loss", "val_loss", "val_ppl"}
+            assert row["val_ppl"] == pytest.approx(np.exp(row["val_loss"]))
+        else:
+            speed = set(row) - {"step", "loss", "lr", "grad_norm"}
+            assert speed in (set(), {"step_ms", "tokens_per_s"})
+            if speed:
+                assert row["tokens_per_s"] * row["step_ms"] == pytest.approx(8 * 16 * 1e3)
+    assert rows(finished)[1]["lr"] == pytest.approx(1e-2 / 3)
+
+
+def test_what_is_printed(arguments, tmp_path, capsys):
+    """nanoGPT's lines, at the steps asked for."""
+    main(arguments(tmp_path / "run", log_interval=2, eval_interval=4))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "2,880 parameters" not in out and "128 tokens per step, 1 micro-steps" in out
+    assert "mesh data=8 × fsdp=1 × tensor=1, float32, attention by xla, plain kernels" in out
+    assert f"starting at step 0 of 8, in {tmp_path / 'run'}" in out
+    number = r"\d\.\d{4}"
+    steps = re.findall(rf"^step (\d+): train loss {number}, val loss {number}$", out, re.MULTILINE)
+    iters = re.findall(rf"^iter (\d+): loss {number}(?:, time \d+\.\d\dms)?$", out, re.MULTILINE)
+    assert steps == ["0", "4", "8"] and iters == ["2", "4", "6", "8"]
+    assert re.search(r"^iter 4: .*, time ", out, re.MULTILINE)
+    main(arguments(tmp_path / "run", init_from="auto", max_iters=9))
+    assert f"resuming at step 8 of 9, in {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_auto_begins_where_there_is_nothing(finished, arguments, tmp_path):
+    main(arguments(tmp_path / "run", init_from="auto"))
+    assert logged(tmp_path / "run") == logged(finished)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(finished, arguments, tmp_path, mesh):
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = contents(out)
+    assert main(arguments(out, init_from="resume")) == 0
+    after = contents(out)
+    assert {path for path in after if after[path] != before.get(path)} <= {Path("config.json")}
+    assert set(before) == set(after)
+
+
+def test_eval_only_writes_nothing(finished, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(arguments(tmp_path / "fresh", eval_only=True))
+    assert re.fullmatch(r"eval: train loss 3\.\d{4}, val loss 3\.\d{4}\n", capsys.readouterr().out)
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = contents(tmp_path)
+    main(arguments(out, eval_only=True, init_from="resume"))
+    (last,) = [row for row in rows(out) if row["step"] == 8 and "val_loss" in row]
+    assert capsys.readouterr().out == f"eval: train loss {last['train_loss']:.4f}, val loss {last['val_loss']:.4f}\n"
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_diverges_ends_and_says_so(arguments, tmp_path, capsys):
+    with pytest.raises(UserError, match="3 steps in a row up to .* lower learning_rate") as error:
+        main(arguments(tmp_path / "run", learning_rate=1e38, warmup_iters=0, max_bad_steps=3, max_iters=30))
+    assert error.value.status == 77
+    dropped = [row for row in rows(tmp_path / "run") if "skipped" in row]
+    assert [row["skipped"] for row in dropped][-3:] == [1, 2, 3]
+    assert re.search(r"^step \d+: loss .*: update dropped", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_steps_per_call(tiny_config, monkeypatch):
+    """As many as divide every stretch between evaluations, in calls of about 50 ms by the device's peak."""
+    config = tiny_config(eval_interval=250, max_iters=5000)
+    assert choose_steps_per_call(config, 0, 1e9) == 1  # a CPU, whose peak is not known
+    monkeypatch.setattr("jaxgpt.train.peak_flops", lambda device: 1e12 / 8)
+    assert choose_steps_per_call(config, 0, 0.4e12 / 1000) == 50  # 1 ms a step
+    assert choose_steps_per_call(config, 0, 0.4e12 / 100) == 5
+    assert choose_steps_per_call(config, 20, 0.4e12 / 1000) == 10
+    assert choose_steps_per_call(config, 0, 0.4e12) == 1
+    config.steps_per_call = 25
+    assert choose_steps_per_call(config, 75, 1e9) == 25
+    with pytest.raises(UserError, match="steps_per_call=25 must divide eval_interval=250.* start from, 30; 10 does"):
+        choose_steps_per_call(config, 30, 1e9)
+
+
+# --- what a user gets wrong: one line, status 2, nothing made or changed ---
+
+
+class Mistakes:
+    """Each method makes a mistake in its folder and returns the command line that commits it."""
+
+    def __init__(self, folder: Path, tokens: Path, finished: Path, arguments):
+        self.folder, self.tokens, self.finished, self.arguments = folder, tokens, finished, arguments
+
+    def run(self, **values):
+        return self.arguments(**{"out_dir": self.folder / "out" / "run", **values})
+
+    def corpus(self, **files):
+        """The command line over a copy of the corpus with these files' contents, or without those that are None."""
+        copy = shutil.copytree(self.tokens, self.folder / "corpus")
+        for name, content in files.items():
+            path = copy / name.replace("_", ".")
+            path.write_bytes(content) if content is not None else path.unlink()
+        return self.run(data_dir=copy)
+
+    def larger_vocabulary(self):
+        self.corpus(meta_json=b'{"vocab_size": 300}')
+        return self.folder / "corpus"
+
+    def preset(self, line):
+        path = self.folder / "preset.py"
+        path.write_text(
+            f"from jaxgpt.config import default_config\ndef get_config():\n c = default_config()\n {line}\n return c\n"
+        )
+        return ["--config", str(path)]
+
+    def existing(self, **values):
+        return self.arguments(shutil.copytree(self.finished, self.folder / "old"), **values)
+
+
+def ids(*tokens) -> bytes:
+    return np.array([0] * 100 + list(tokens) + [0] * 100, "<u2").tobytes()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+MISTAKES = {
+    "misspelt key in a preset": (lambda m: m.preset("c.n_layers = 2"), "no key n_layers; did you mean n_layer?"),
+    "misspelt key": (lambda m: m.run() + ["--config.n_layers=2"], "no key n_layers; did you mean n_layer?"),
+    "wrong type in a preset": (lambda m: m.preset("c.n_layer = 'two'"), "n_layer"),
+    "wrong type": (lambda m: m.run(n_layer="two"), "invalid integer value: 'two'"),
+    "no such preset": (lambda m: ["--config", "configs/nothing.py"], "no preset file configs/nothing.py"),
+    "no data": (lambda m: m.run(data_dir="nowhere"), "nowhere/train.bin does not exist; run its prepare.py"),
+    "no validation data": (lambda m: m.corpus(val_bin=None), "val.bin does not exist; run its prepare.py"),
+    "empty file": (lambda m: m.corpus(train_bin=b""), "train.bin is missing or empty"),
+    "truncated file": (lambda m: m.corpus(train_bin=ids(1)[:-1]), "train.bin has 401 bytes, not 2 for each token"),
+    "short file": (lambda m: m.corpus(val_bin=bytes(32)), "val has 16 tokens, fewer than one window of"),
+    "token outside": (lambda m: m.corpus(train_bin=ids(27)), "train.bin: token 100 is 27, outside the vocab"),
+    "validation token outside": (lambda m: m.corpus(val_bin=ids(9, 500)), "val.bin: token 101 is 500, outside the voc"),
+    "damaged meta.json": (lambda m: m.corpus(meta_json=b'{"vocab_size": 2'), "meta.json is damaged"),
+    "hostile meta.pkl": (
+        lambda m: m.corpus(meta_json=None, meta_pkl=pickle.dumps({"vocab_size": 27, "itos": Hostile()})),
+        "meta.pkl is damaged (it asks for posix.system; only plain data is read)",
+    ),
+    "heads": (lambda m: m.run(n_head=3), "n_embd=16 is not divisible by n_head=3; choose a multiple"),
+    "accumulation": (lambda m: m.run(gradient_accumulation_steps=12), "=12 is not divisible by the 8 devices"),
+    "mesh": (lambda m: m.run(mesh_data=3), "mesh_data=3, mesh_fsdp=1, mesh_tensor=1 do not multiply to the 8 devices"),
+    "attention": (lambda m: m.run(attention="cudnn"), "attention=cudnn needs an NVIDIA GPU"),
+    "steps per call": (lambda m: m.run(steps_per_call=2), "steps_per_call=2 must divide eval_interval=3"),
+    "documents": (lambda m: m.run(doc_mask=True), "doc_mask needs a tokenizer with an end-of-text token"),
+    "tracker": (lambda m: m.run(wandb_log=True), "wandb_log needs the package wandb: pip install"),
+    "task": (lambda m: m.run(eval_tasks="trivia"), "there is no task 'trivia'"),
+    "task file": (lambda m: m.run(eval_tasks="hellaswag=no.jsonl"), "no.jsonl cannot be read"),
+    "out_dir under a file": (lambda m: m.run(out_dir=m.tokens / "val.bin" / "run"), "cannot be written"),
+    "out_dir is a file": (lambda m: m.run(out_dir=m.tokens / "val.bin"), "cannot be written"),
+    "unwritable out_dir": (lambda m: m.run(out_dir="/proc/jaxgpt"), "out_dir /proc/jaxgpt cannot be written"),
+    "existing run": (lambda m: m.existing(), "already holds a run; go on with init_from=resume"),
+    "nothing to resume": (lambda m: m.run(init_from="resume"), "nothing to resume"),
+    "another model": (lambda m: m.existing(init_from="resume", n_embd=32), "n_embd=32, but the run in"),
+    "another vocabulary": (
+        lambda m: m.existing(init_from="resume", data_dir=m.larger_vocabulary()),
+        "holds another model: params.wte.embedding is float32[128, 16] there, float32[384, 16] here",
+    ),
+    "past its end": (lambda m: m.existing(init_from="resume", max_iters=6), "is at step 8 already; raise max_iters=6"),
+    "no such weights": (lambda m: m.run(init_from="nowhere"), "nowhere is neither gpt2, gpt2-medium"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(
+    name, tmp_path, token_folder, finished, arguments, monkeypatch, capfd
+):
+    mistake, message = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    argv = mistake(Mistakes(tmp_path, token_folder, finished, arguments))
+    before = contents(tmp_path), contents(token_folder)
+    monkeypatch.setattr(sys, "argv", ["train", *argv])
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    out, err = capfd.readouterr()
+    assert end.value.code == 2
+    assert out == "" and re.fullmatch(r"error: .+\n", err) and message in err
+    assert (contents(tmp_path), contents(token_folder)) == before
