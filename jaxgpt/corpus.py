@@ -18,7 +18,7 @@ import threading
 from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -242,7 +242,7 @@ def _encoded(chunks: Iterator[Chunk], workers: int, *tokenizer: Any) -> Generato
     # spawn: to fork a process that has threads, as pyarrow's, may hang
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, tokenizer)
     try:
-        jobs = ((c, pool.submit(_encode, [(piece.text, piece.end) for piece in c[0]])) for c in chunks)
+        jobs = ((c, _submit(pool, [(piece.text, piece.end) for piece in c[0]])) for c in chunks)
         ahead = deque(islice(jobs, 2 * workers + 1))
         while ahead:
             chunk, job = ahead.popleft()
@@ -252,6 +252,15 @@ def _encoded(chunks: Iterator[Chunk], workers: int, *tokenizer: Any) -> Generato
         raise UserError("a worker process was killed, as happens when memory runs out; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, texts: Sequence[tuple[str, bool]]) -> Future[Tokens]:
+    """Processes that this starts inherit the mask: Ctrl-C, which a terminal sends to all, is for the main one alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode, texts)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 _tokenizer: tuple[Tokenizer, np.dtype]  # of this process, with the dtype of its files
@@ -265,7 +274,6 @@ def _set_tokenizer(name: str, eot: str | None) -> None:
 
 def _start_worker(name: str, eot: str | None) -> None:
     _set_tokenizer(name, eot)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -30,6 +30,7 @@ from jaxgpt import UserError
 HEARTBEAT_TIMEOUT_S = 40  # a silent process is given up after this: all others end within a minute
 POLL_S = 1.0  # how often a process asks whether another one failed
 LINGER_S = 3.0  # how long process 0 outlives its failure, so that the others hear of it
+PEER_GONE = r"(closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe"  # in what collectives raise then
 FAILURE = "jaxgpt/failure"  # the coordinator's key of the first failure
 
 # Launchers' variables: the number of processes and this one's index; the same on this host alone
@@ -173,6 +174,8 @@ class Processes:
             return
         if isinstance(error, UserError):
             self._end({"status": error.status, "message": str(error)})
+        if re.search(PEER_GONE, str(error)):
+            self._end({"status": 1, "message": f"another process went away: {error}"})
         interrupted = isinstance(error, KeyboardInterrupt)
         self._end({"status": 130 if interrupted else 1, "message": f"{type(error).__name__}: {error}"}, error)
 
@@ -253,7 +256,7 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
     if not jax.distributed.is_initialized():
         return
     client, limit_ms = _client(), int(1000 * start_timeout())
-    ours = {key: str(value) for key, value in facts.items()}
+    ours = {"processes": str(distributed.global_state.num_processes)} | {key: str(x) for key, x in facts.items()}
     if _index() == 0:
         client.key_value_set(f"jaxgpt/{topic}", json.dumps(ours))
     theirs = json.loads(client.blocking_key_value_get(f"jaxgpt/{topic}", limit_ms))

@@ -67,10 +67,11 @@ def read_start(start: str) -> str:
         path = Path(start.removeprefix("FILE:"))
         try:
             start = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; check --start=FILE:path") from None
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text; convert it") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            why = getattr(error, "strerror", error)
+            raise UserError(f"cannot read {str(path)!r}: {why}; check --start=FILE:path") from None
     if not start:
         raise UserError(r"the prompt is empty; give --start some text (by default a line break)")
     return start

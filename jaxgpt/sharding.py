@@ -32,7 +32,10 @@ TENSOR_RULES = ((r"wte/embedding$", 0), (r"c_(attn|fc)/(kernel|bias)$", -1), (r"
 MATRICES = r"(kernel|embedding)$"
 
 # Compiler flags for NVIDIA GPUs; docs/performance.md has what each gained
-XLA_GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
+XLA_GPU_FLAGS = (
+    "--xla_gpu_enable_triton_gemm=false",  # cuBLAS for all matrix products
+    "--xla_gpu_dot_merger_threshold_mb=0",  # products of queries, keys, values stay apart: slicing a merged one copies
+)
 
 
 def configure_jax() -> None:

@@ -152,7 +152,7 @@ def abstract_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh) -> T
 
 
 def create_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
-    """A fresh state made sharded, never whole on one device; with `params` (placed already), around those."""
+    """A fresh state made sharded, never whole on one device; with `params` (placed already, donated), around those."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
     if params is None:
         return jax.jit(partial(init_state, config, model_config), out_shardings=shardings)()
@@ -160,7 +160,7 @@ def create_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params
     def around(params):
         return init_state(config, model_config)._replace(params=params, opt_state=make_optimizer(config).init(params))
 
-    return jax.jit(around, out_shardings=shardings)(params)
+    return jax.jit(around, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def loss_fn(model_config: GPTConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:

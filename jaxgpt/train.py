@@ -43,6 +43,8 @@ def train(config: ConfigDict) -> guard.Exit:
     resume = decide_resume(config, run, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
     data = RunData(config, mesh, weights and weights.meta.vocab_size)
+    if weights:
+        weights.check_corpus(data.meta)
     agree("data", data.facts())
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
     abstract = abstract_state(config, model_config, mesh)

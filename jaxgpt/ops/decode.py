@@ -4,7 +4,9 @@ A layer is five of them (`linear` four times, `attend` once), a token 5 L + 3. W
 reads whole rows of them, and each weight is read once for all B rows. Sums are float32.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,47 +30,114 @@ def linear(
 ) -> Float[Array, "B O"]:
     """residual + gelu(layer_norm(x) @ w.T + bias), each part but the product optional; in `dtype`, by default x's."""
     (batch, k), o = x.shape, w.shape[0]
-    k_pad = pl.next_power_of_2(k)
-    block, num_warps = _tile(o, k_pad)
+    # tensor cores multiply 16 rows at least; for one row they would be of no use
+    rows = 1 if batch == 1 else max(16, pl.next_power_of_2(batch))
+    if norm is not None and rows > 16:  # too much for the registers of each program
+        x, norm = _layer_norm(x, norm), None
+    tile = _tile(batch, o, k)
+    width = min(256, max(16, pl.next_power_of_2(k)))
+    chunks, at_once = pl.cdiv(k, width), batch == 1 or (rows == 16 and (norm is not None or k <= 1024))
     optional = {"scale": norm and norm[0], "shift": norm and norm[1], "bias": bias, "residual": residual}
     given = {name: array for name, array in optional.items() if array is not None}
 
     def kernel(x_ref, w_ref, *refs, interpret):
         ref = dict(zip(given, refs, strict=False))
-        rows, columns = pl.program_id(0) * block + jnp.arange(block), jnp.arange(k_pad)
-        inside, in_rows = columns < k, rows < o
-        both = in_rows[:, None] & inside[None, :]
-        at = jnp.broadcast_arrays(rows[:, None], columns[None, :])
-        weights = load(w_ref.at[tuple(at)], mask=both, other=0.0).astype(jnp.float32)
 
-        def read(name, index, mask):
-            return load(ref[name].at[index], mask=mask, other=0.0).astype(jnp.float32)
+        def columns(i):
+            return i * width + jnp.arange(width)
 
-        def one_row(b, _):
-            row = load(x_ref.at[b, columns], mask=inside, other=0.0).astype(jnp.float32)
-            if norm is not None:
-                row = jnp.where(inside, row - jnp.sum(row) / k, 0.0)
-                row = row * jax.lax.rsqrt(jnp.sum(row * row) / k + 1e-5) * read("scale", columns, inside)
-                row = row + read("shift", columns, inside) if "shift" in ref else row
-                row = row.astype(x.dtype).astype(jnp.float32)
-            y = jnp.sum(weights * row[None, :], axis=1)
-            y = y + read("bias", rows, in_rows) if "bias" in ref else y
+        def matrix(source, row, limit, i):
+            at = jnp.broadcast_arrays(row[:, None], columns(i)[None, :])
+            mask = (row < limit)[:, None] & (columns(i) < k)[None, :]
+            return load(source.at[tuple(at)], mask=mask, other=0.0)
+
+        def vector(name, i):
+            return load(ref[name].at[columns(i)], mask=columns(i) < k, other=0.0)[None, :]
+
+        def inputs(i):
+            return matrix(x_ref, jnp.arange(rows), batch, i)
+
+        def some_rows(j, xs):
+            """Rows j of w in this program's share. Every load comes before the first use: memory answers once."""
+            row = (pl.program_id(0) * tile.groups + j) * tile.block + jnp.arange(tile.block)
+            at = tuple(jnp.broadcast_arrays(jnp.arange(rows)[:, None], row[None, :]))
+            mask = (jnp.arange(rows) < batch)[:, None] & (row < o)[None, :]
+            ws = [matrix(w_ref, row, o, i) for i in range(chunks)] if at_once else []
+            shift = load(ref["bias"].at[row], mask=row < o, other=0.0) if bias is not None else None
+            old = load(ref["residual"].at[at], mask=mask, other=0.0) if residual is not None else None
+            xs = normalized() if at_once and xs is None else xs
+            if batch == 1:
+                products = [a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(xs, ws, strict=True)]
+                y = jnp.sum(functools.reduce(jnp.add, products), axis=1)[None, :]
+            elif at_once:
+                y = functools.reduce(jnp.add, [_dot(a, b) for a, b in zip(xs, ws, strict=True)])
+            else:
+                y = jnp.zeros((rows, tile.block), jnp.float32)
+                y = jax.lax.fori_loop(0, chunks, lambda i, y: y + _dot(inputs(i), matrix(w_ref, row, o, i)), y)
+            y = y + shift.astype(jnp.float32)[None, :] if shift is not None else y
             if activation:
                 y = jax.nn.gelu(y, approximate=True)
-            y = y + read("residual", (b, rows), in_rows) if "residual" in ref else y
-            store(refs[-1].at[b, rows], y.astype(refs[-1].dtype), mask=in_rows)
-            return 0
+            y = y + old.astype(jnp.float32) if old is not None else y
+            store(refs[-1].at[at], y.astype(refs[-1].dtype), mask=mask)
 
-        jax.lax.fori_loop(0, batch, one_row, 0)
+        def normalized():
+            xs = [inputs(i) for i in range(chunks)]
+            if norm is None:
+                return xs
+            scales = [vector("scale", i) for i in range(chunks)]
+            shifts = [vector("shift", i) if "shift" in ref else 0.0 for i in range(chunks)]
+            xs = [x.astype(jnp.float32) for x in xs]
+            mean = jnp.sum(functools.reduce(jnp.add, xs), axis=1, keepdims=True) / k
+            xs = [jnp.where((columns(i) < k)[None, :], x - mean, 0.0) for i, x in enumerate(xs)]
+            square = jnp.sum(functools.reduce(jnp.add, [x * x for x in xs]), axis=1, keepdims=True)
+            xs = [x * jax.lax.rsqrt(square / k + 1e-5) for x in xs]
+            return [(x * a + b).astype(w.dtype) for x, a, b in zip(xs, scales, shifts, strict=True)]
 
-    out = [((batch, o), dtype or x.dtype)]
-    return launch(kernel, x, w, *given.values(), out=out, grid=pl.cdiv(o, block), num_warps=num_warps)[0]
+        if tile.groups == 1:
+            some_rows(0, None)
+        else:  # the rows of x are read, and normalized, once for all
+            xs = normalized()
+            jax.lax.fori_loop(0, tile.groups, lambda j, _: some_rows(j, xs), None)
+
+    return launch(
+        kernel,
+        x,
+        w,
+        *given.values(),
+        out=[((batch, o), dtype or x.dtype)],
+        grid=pl.cdiv(o, tile.block * tile.groups),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )[0]
 
 
-def _tile(o: int, k: int) -> tuple[int, int]:
-    """Rows of w for a program, and its warps: enough programs to fill the GPU, enough of w in flight in each."""
-    block = 4 if o * k <= 1 << 22 else 8
-    return block, min(8, max(1, block * k // 1024))
+def _dot(x, w):
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _layer_norm(x, norm: Norm):
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=1, keepdims=True)
+    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5) * norm[0]
+    return (y if norm[1] is None else y + norm[1]).astype(x.dtype)
+
+
+class Tile(NamedTuple):
+    """A program's share of w: `groups` times `block` rows, one after the other."""
+
+    block: int
+    groups: int = 1
+    num_warps: int = 1
+    num_stages: int = 3  # chunks of K on their way at a time, in the loop over K
+
+
+def _tile(batch: int, o: int, k: int) -> Tile:
+    """Small enough programs to fill the GPU, enough of w on its way from memory in each, few enough registers."""
+    if batch == 1:  # one warp owns whole rows, so nothing waits for another warp
+        block = next(n for n in (4, 2, 1) if n == 1 or (o >= n * 512 and n * k <= 8192))
+        return Tile(block, groups=max(1, o // (block * 2048)))
+    block = 32 if o > 8192 else 16
+    return Tile(block, num_warps=4 if batch <= 16 and k <= 1024 else 8, num_stages=6)
 
 
 def attend(

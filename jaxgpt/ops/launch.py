@@ -24,6 +24,7 @@ def launch(
     in_specs: Sequence[pl.BlockSpec] | None = None,
     out_specs: Sequence[pl.BlockSpec] | None = None,
     num_warps: int,
+    num_stages: int = 3,
     aliases: dict[int, int] | None = None,
 ) -> Sequence[Array]:
     """Runs `grid` programs of `kernel`; out: the outputs' shapes and dtypes; aliases: input index -> output index.
@@ -40,7 +41,7 @@ def launch(
             in_specs=in_specs or [pl.BlockSpec()] * len(args),
             out_specs=out_specs or [pl.BlockSpec()] * len(out),
             input_output_aliases=aliases or {},
-            compiler_params=triton.CompilerParams(num_warps=num_warps),
+            compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
             interpret=interpret,
         )(*args)
 
