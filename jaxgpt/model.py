@@ -275,10 +275,10 @@ def init_params(config: GPTConfig, key: Array) -> Params:
     def init(module: type[nnx.Module], config: GPTConfig, key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))
 
-    # all layers at once: a compiled program of a few random numbers' kernels rather than of some for each layer
+    # All layers at once, and the barrier keeps it so: a few kernels of random numbers to compile, not some for each layer
     outer, *layers = jax.random.split(key, 1 + config.n_layer)
     params = init(GPT, dataclasses.replace(config, n_layer=1), outer)
-    blocks = jax.vmap(partial(init, Block, config))(jnp.stack(layers))
+    blocks = jax.lax.optimization_barrier(jax.vmap(partial(init, Block, config))(jnp.stack(layers)))
     params["h"] = {i: jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(config.n_layer)}
     table = params["wte"]["embedding"]
     params["wte"]["embedding"] = jnp.where(jnp.arange(table.shape[0])[:, None] < config.vocab_size, table, 0.0)
