@@ -1,7 +1,7 @@
 """GPT-2 from scratch on OpenWebText, in OpenAI's four sizes: `configs/gpt2.py:gpt2-medium`.
 
-12 sequences × 1,024 tokens × 40 micro-steps = 491,520 tokens a step; 600,000 steps are 295B tokens. The larger sizes take
-smaller micro-batches for the same tokens a step.
+12 sequences × 1,024 tokens × 40 micro-steps = 491,520 tokens a step; 600,000 steps are 295B tokens. The larger sizes
+take smaller micro-batches for the same tokens a step.
 """
 
 from jaxgpt.config import GPT2_SIZES, default_config

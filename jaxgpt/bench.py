@@ -161,7 +161,9 @@ KINDS = (
 def profile_table(trace_dir: str, steps: int) -> str:
     """GPU time per step by kind of kernel, and the largest kernels."""
     path = max(Path(trace_dir).rglob("*.xplane.pb"))
-    plane = next((p for p in jax.profiler.ProfileData.from_file(str(path)).planes if p.name.startswith("/device:")), None)
+    plane = next(
+        (p for p in jax.profiler.ProfileData.from_file(str(path)).planes if p.name.startswith("/device:")), None
+    )
     if plane is None:
         raise UserError("the profile holds no device: --profile needs a GPU or a TPU")
     by_name: dict[str, tuple[float, int]] = {}

@@ -5,6 +5,7 @@
 its name after all of it has been written, synced and read back, and only then older ones go. No pickle is involved.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -32,6 +33,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
 SAVE_TIMEOUT_S = 600  # bounds a save in the background, and the wait for a process that failed to write its part
+SPARE = 2**18  # bytes that a checkpoint may take besides its arrays
 SMALL_FILE = 2**20  # files up to this many bytes are hashed whole; larger ones hold arrays, which have their digests
 # What Orbax, TensorStore and json are known to raise over a damaged file, a full disk or a mount that went away.
 FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
@@ -120,6 +122,10 @@ class Checkpoints:
             elif self._first:  # a folder that cannot be written is found out before any process waits for another
                 shutil.rmtree(working, ignore_errors=True)
                 working.mkdir(parents=True)
+                need, free = sum(x.nbytes for x in arrays.values()) + SPARE, shutil.disk_usage(working).free
+                if free < need:  # Orbax would find out too, but with the tracebacks of all its writes
+                    working.rmdir()
+                    raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {need:,} needed")
         except FAILURES as error:
             self._error = error
         if relabel or not _everywhere(self._error is None):

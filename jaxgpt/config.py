@@ -26,7 +26,7 @@ GPT2_SIZES = {
 
 
 def default_config() -> ConfigDict:
-    """All keys with their defaults, locked: an unknown key is an error. nanoGPT's names and values where it has them."""
+    """All keys with their defaults, locked: an unknown key is an error. nanoGPT's names and values, where it has any."""
     c = ConfigDict()
     # run
     c.out_dir = "out"
@@ -80,7 +80,7 @@ def default_config() -> ConfigDict:
     c.mesh_tensor = 1  # devices over which each layer is split
     c.steps_per_call = 0  # optimizer steps in one call of the compiled function; 0: chosen by the model's size
     # reliability
-    c.max_bad_steps = 10  # stop after this many dropped steps in a row: loss or gradient not finite, or a spike
+    c.max_bad_steps = 10  # stop after this many non-finite steps in a row
     c.spike_threshold = 0.0  # drop a step whose loss or gradient norm is this many standard deviations up; 0: none
     c.stall_timeout = 1800.0  # seconds without a finished step before the run ends itself; 0 disables
     return c.lock()
@@ -98,7 +98,9 @@ CHOICES = {
 # the smallest value of each number; those absent here may be anything
 AT_LEAST = {
     **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "block_size"], 1),
-    **dict.fromkeys(["eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "max_iters", "max_bad_steps"], 1),
+    **dict.fromkeys(
+        ["eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "max_iters", "max_bad_steps"], 1
+    ),
     **dict.fromkeys(["learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2"], 0),
     **dict.fromkeys(["warmup_iters", "lr_decay_iters", "seed", "steps_per_call", "stall_timeout"], 0),
     "spike_threshold": 0,
@@ -207,7 +209,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Namespace]:
-    """The config from `--config FILE[:ARGUMENT]` and `--config.KEY=VALUE`, validated, and the parser's own arguments."""
+    """The config from `--config FILE[:ARGUMENT]` and `--config.KEY=VALUE`, validated, and the parser's arguments."""
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARGUMENT]", help="preset, such as configs/gpt2.py:gpt2-xl"
     )
@@ -253,7 +255,7 @@ def read_config(folder: Path) -> ConfigDict:
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Runs an entry point, whose result is the exit status: a UserError becomes one line, `error: …`, and its status."""
+    """Runs an entry point, which gives the exit status: a UserError becomes one line, `error: …`, and its status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     try:
         status = main(sys.argv[1:])

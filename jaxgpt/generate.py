@@ -145,7 +145,7 @@ def _decode(config, rule, steps: int, weights, cache: KVCache, last: Int[Array, 
     def step(i, carry):
         out, cache = carry
         position = cache.length + 1
-        if config.kernels and config.doc_mask < 0:
+        if config.kernels and config.doc_mask < 0 and len(last) <= 64:  # more rows fill the GPU without them
             logits, cache = _fused(config, weights, out[:, i], cache)
         else:
             logits, cache = _model(config, weights)(out[:, i, None], cache=cache)

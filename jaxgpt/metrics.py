@@ -1,6 +1,7 @@
 """What a run reports: FLOPs and MFU; console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -44,8 +46,8 @@ def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -
     return 6.0 * n_params + 12 * n_layer * n_embd * block_size
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's dense bf16 FLOP/s, or None where it is not known (a CPU)."""
+def peak_flops(device: Any) -> float | None:
+    """The jax.Device's dense bf16 FLOP/s, or None where it is not known (a CPU)."""
     kind = device.device_kind
     return next((v for k, v in sorted(PEAK_FLOPS.items(), key=lambda kv: -len(kv[0])) if kind.startswith(k)), None)
 
@@ -66,7 +68,7 @@ class Stopwatch:
         self._last: tuple[int, float] | None = None
 
     def lap(self, step: int) -> dict[str, float]:
-        """step_ms, tokens_per_s and (where the peak is known) mfu of the steps since the last lap; empty on the first."""
+        """step_ms, tokens_per_s and (if the peak is known) mfu of the steps since the last lap; empty on the first."""
         now, last = time.perf_counter(), self._last
         self._last = (step, now)
         if last is None or step <= last[0]:
@@ -107,8 +109,7 @@ class Reporter:
 
             self._board = Writer(str(folder))
         if config.wandb_log:
-            import wandb
-
+            wandb = importlib.import_module("wandb")
             self._wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=config.to_dict())
 
     def say(self, line: str) -> None:
@@ -121,13 +122,13 @@ class Reporter:
         """Writes one object of metrics for `step` to metrics.jsonl and the trackers."""
         if not self.enabled:
             return
-        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        row = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
             self._file.flush()
         except OSError as e:  # a full disk must not end a run
             warnings.warn(f"metrics.jsonl: {e}; the run goes on without this line", stacklevel=2)
-        numbers = {k: v for k, v in values.items() if v is not None}
+        numbers = {k: v for k, v in row.items() if v is not None}
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)

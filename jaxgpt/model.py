@@ -1,12 +1,14 @@
 """GPT-2 as a flax.nnx module: the model alone; no optimizer, no flags, no files.
 
 Letters in shapes: B batch, T time (query), S key time, C n_embd, N heads, H head size, F MLP hidden, V padded
-vocabulary, L layers. Activations are 2-D, (B·T, C), everywhere but inside attention: XLA then makes no transposed copies
-of them for the weight gradients.
+vocabulary, L layers. Activations are 2-D, (B·T, C), everywhere but inside attention: XLA then makes no transposed
+copies of them for the weight gradients.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -92,7 +94,7 @@ def _linear(
 
 @jax.custom_vjp
 def _fan_out(x: Float[Array, "BT C"]):
-    """x three times. Its gradients are added one after the other, so that each matrix product adds to the last one's."""
+    """x three times. Its gradients are added in turn, so that each matrix product adds to the last one's."""
     return x, x, x
 
 
@@ -189,6 +191,7 @@ class Block(nnx.Module):
 
 def _add_norm(norm: nnx.LayerNorm, x, branch, config: GPTConfig):
     bias = None if norm.bias is None else norm.bias[...]
+    assert norm.scale is not None
     return add_layer_norm(x, branch, norm.scale[...], bias, kernel=config.kernels)
 
 
@@ -218,9 +221,8 @@ class GPT(nnx.Module):
         # looked up before the cast: the gradient then adds up in float32, where frequent tokens would swamp bfloat16
         x = self.wte.embedding[...][tokens].astype(c.dtype) + positions
         x = x.reshape(batch * time, c.n_embd)
-        use_dropout = seed is not None and c.dropout > 0
         seeds = None
-        if use_dropout:
+        if seed is not None and c.dropout > 0:
             seeds = jax.random.bits(jax.random.key(seed), (3 * c.n_layer + 1,), jnp.uint32)
             x = dropout(x, c.dropout, seeds[-1])
         docs = None
@@ -272,10 +274,10 @@ class GPT(nnx.Module):
 def init_params(config: GPTConfig, key: Array) -> Params:
     """Fresh float32 parameters as a nested dict: GPT-2's initialization, the padded rows of the vocabulary zero."""
 
-    def init(module: type[nnx.Module], config: GPTConfig, key: Array) -> Params:
+    def init(module: Callable[..., nnx.Module], config: GPTConfig, key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))
 
-    # All layers at once, and the barrier keeps it so: a few kernels of random numbers to compile, not some for each layer
+    # All layers at once, and the barrier keeps it so: a few kernels of random numbers to compile, not some a layer
     outer, *layers = jax.random.split(key, 1 + config.n_layer)
     params = init(GPT, dataclasses.replace(config, n_layer=1), outer)
     blocks = jax.lax.optimization_barrier(jax.vmap(partial(init, Block, config))(jnp.stack(layers)))
@@ -292,10 +294,15 @@ def abstract_params(config: GPTConfig) -> Params:
 
 def bind(config: GPTConfig, params: Params) -> GPT:
     """The module over these parameters (of any float dtype)."""
-    model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model, nnx.Param)
+    graphdef, state = _structure(config)
+    state = jax.tree.map(lambda x: x, state)  # a copy
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+@functools.lru_cache(maxsize=8)  # over a second for 48 layers
+def _structure(config: GPTConfig):
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def count_params(params: Params, *, non_embedding: bool = True) -> int:

@@ -39,8 +39,8 @@ def decay_mask(params):
 def record_norm() -> optax.GradientTransformation:
     """Passes gradients through and keeps their global norm as its state, for logs and the test for finite values."""
 
-    def update(grads, state, params=None):
-        return grads, optax.tree.norm(grads)
+    def update(updates, state, params=None):
+        return updates, optax.tree.norm(updates)
 
     return optax.GradientTransformation(lambda params: jnp.zeros(()), update)
 

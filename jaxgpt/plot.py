@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The objects of a run's metrics.jsonl; a line still being written is left out. Raises UserError if there are none."""
+    """The objects of a run's metrics.jsonl; a line still being written is left out. UserError if there are none."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} holds no metrics.jsonl; name the folder of a run (its out_dir)")

@@ -246,12 +246,12 @@ def make_train_step(
         in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
         return device_map(local, mesh, in_specs, (P(), specs))(params, scale, seeds, tokens)
 
-    def updates_by_sum(state: TrainState, seeds, tokens):
+    def updates_by_sum(state: TrainState, seeds, tokens) -> tuple[Array, Any, Any]:
         loss, grads = mean_loss_and_gradients(state.params, state.loss_scale.scale, seeds, tokens)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return loss, updates, opt_state
 
-    def updates_by_multisteps(state: TrainState, seeds, tokens):
+    def updates_by_multisteps(state: TrainState, seeds, tokens) -> tuple[Array, Any, Any]:
         """The same through optax.MultiSteps. Its accumulator is zero between steps: no checkpoint needs it."""
         accumulating = optax.MultiSteps(optimizer, every_k_schedule=tokens.shape[0])
         empty = accumulating.init(state.params)._replace(inner_opt_state=state.opt_state)

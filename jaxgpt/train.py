@@ -14,6 +14,7 @@ from jaxgpt import UserError, guard
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Parser, parse_config, read_config, run_main, save_config
 from jaxgpt.data import RunData, prefetch
+from jaxgpt.dryrun import dry_run
 from jaxgpt.evaluate import OpenedModel, Scorer, load_task, open_model, parse_tasks
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops
 from jaxgpt.model import GPTConfig, Params, count_params
@@ -27,8 +28,13 @@ SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 def main(argv: Sequence[str]) -> int:
     configure_jax()
+    parser = Parser(prog="python -m jaxgpt.train", description=__doc__)
+    explained = "compile for this mesh (of so many devices, if not this machine's), print what it takes, and stop"
+    parser.add_argument("--dry_run", nargs="?", type=int, const=0, metavar="DEVICES", help=explained)
     with Processes():
-        config, _ = parse_config(argv, Parser(prog="python -m jaxgpt.train", description=__doc__))
+        config, args = parse_config(argv, parser)
+        if args.dry_run is not None:
+            return rehearse(config, args.dry_run)
         agree("config", {"jax": jax.__version__, **config, "data_dir": "each host's own"})
         agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
         return train(config)
@@ -51,7 +57,8 @@ def train(config: ConfigDict) -> guard.Exit:
     evaluate = Evaluation(config, data, model_config, mesh)
     if config.eval_only:
         params = checkpoints.restore({"params": abstract.params})[0]["params"] if resume else weights and weights.params
-        print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params)))
+        scores = evaluate(params or create_state(config, model_config, mesh).params)
+        print(evaluate.line("eval", scores or {}))
         return guard.Exit.DONE
 
     with (
@@ -105,6 +112,17 @@ def train(config: ConfigDict) -> guard.Exit:
     if not saved:
         raise UserError(f"the last checkpoint is not saved in {run}; make room and resume", guard.Exit.FAILURE)
     return guard.Exit.DONE if info.get("evaluated") == config.max_iters else guard.Exit.STOPPED
+
+
+def rehearse(config: ConfigDict, devices: int) -> int:
+    """The dry run for a mesh of `devices`; its exit status."""
+    checks = (
+        lambda: check_trackers(config),
+        lambda: decide_resume(config, Path(config.out_dir), Checkpoints(config.out_dir)),
+        lambda: choose_steps_per_call(config, 0, 0.0),
+        lambda: parse_tasks(config.eval_tasks),
+    )
+    return dry_run(config, devices, open_weights, checks)
 
 
 def decide_resume(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> bool:
@@ -190,7 +208,7 @@ class Evaluation:
         self._step = make_eval_step(model_config, mesh)
         files = parse_tasks(config.eval_tasks)
         self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
-        self._scorer = Scorer(model_config, mesh) if files else None
+        self._scorer = Scorer(model_config, mesh)
 
     def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """The scores by name; None if `stop`, asked every few batches, is true before they are there."""
@@ -251,9 +269,10 @@ class StepLog:
             if bad:
                 self._reporter.say(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: update dropped")
                 self._reporter.record(step, {"skipped": bad})
-                if bad >= self._config.max_bad_steps:
+                finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+                if bad >= self._config.max_bad_steps and not finite:  # spikes end by themselves: see step.Spikes
                     raise UserError(
-                        f"{bad} steps in a row up to {step} were dropped: loss or gradient not finite, or a spike; the "
+                        f"{bad} steps in a row up to {step} were dropped, their loss or gradient not finite; the "
                         f"last good checkpoint is in {self._config.out_dir}: resume from it with a lower learning_rate",
                         status=guard.Exit.DIVERGED,
                     )

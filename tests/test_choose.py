@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.ops import choose as module
 from jaxgpt.ops.choose import Rule, choose
 
 jitted = jax.jit(choose, static_argnames=("rule", "kernel"))
@@ -94,3 +95,28 @@ def test_noise_depends_on_seed_and_position_alone():
     here = draw(logits, rule)
     assert len(set(here)) == 4 and (draw(logits[1:3], rule, first_seed=1) == here[1:3]).all()
     assert not (draw(logits, rule, position=8) == here).any()
+
+
+@pytest.mark.parametrize("top_k", [1, 40, 200, 3000])
+def test_top_k_of_a_large_vocabulary_is_its_twin(top_k, monkeypatch):
+    """Rows that the best of columns decide; rows with more large logits in a column, or more equal ones, than those."""
+    monkeypatch.setattr(module, "_COLUMNS", 128)
+    logits = np.random.default_rng(1).normal(size=(4, 2048)).astype(np.float32) * 3
+    logits[1, 5::128] += 20.0
+    logits[2] = np.round(logits[2] / 4)
+    logits[3] = 0.0
+    logits[:, 2000:] = 100.0  # the padding, which must never be chosen
+    rule, draws = Rule(2000, False, True, False), []
+    knobs, out = jnp.array([0.9, top_k, 1.0], jnp.float32), jnp.zeros((4, 2), jnp.int32)
+    rows, seeds, column = jnp.asarray(logits), jnp.arange(4, dtype=jnp.uint32), jnp.int32(0)
+    both = [
+        jax.jit(lambda p, kernel=kernel: choose(rows, seeds, p, knobs, rule, out=out, column=column, kernel=kernel))
+        for kernel in (True, False)
+    ]
+    for position in range(8):
+        got, want = (np.asarray(draw(jnp.int32(position)))[:, 1] for draw in both)
+        assert (got == want).all()
+        draws.append(got)
+    least = np.sort(logits[:, :2000], axis=1)[:, -min(top_k, 2000)]
+    assert (np.take_along_axis(logits, np.array(draws).T, axis=1) >= least[:, None]).all()
+    assert np.array(draws).max() < 2000 and (top_k == 1 or len(set(np.array(draws)[:, 0])) > 1)

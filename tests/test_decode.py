@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt.ops import decode
 from jaxgpt.ops.decode import attend, linear
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
@@ -26,6 +27,14 @@ def double(x):
         (2, 40, 8, True, "scale", True, False, "float32"),
         (2, 24, 17, False, "both", True, True, "bfloat16"),
         (1, 1, 1, False, "none", False, False, "float32"),
+        # more than one chunk of K; one row, the tensor cores' 16 and more; K too long to be read at once
+        (1, 600, 33, True, "both", True, True, "float32"),
+        (10, 600, 33, True, "both", True, True, "bfloat16"),
+        (16, 300, 20, True, "scale", False, False, "float32"),
+        (17, 40, 20, False, "both", True, True, "float32"),
+        (2, 1100, 5, True, "both", False, True, "float32"),
+        (5, 1100, 18, True, "none", False, True, "bfloat16"),
+        (33, 300, 7, True, "none", True, False, "float32"),
     ],
 )
 def test_linear(batch, k, o, bias, norm, activation, residual, dtype):
@@ -73,3 +82,20 @@ def test_attend_past_the_last_slot_stays_inside():
     k = jnp.zeros((2, 4, 1, 8))
     _, k_new, _ = jax.jit(attend)(jnp.ones((2, 24)), k, k, jnp.int32(6))
     assert (np.asarray(k_new)[:, :3] == 0).all() and (np.asarray(k_new)[:, 3] == 1).all()
+
+
+@pytest.mark.parametrize("batch", range(2, 18))
+def test_rows_of_a_batch_are_the_rows_alone(batch):
+    rng = np.random.default_rng(batch)
+    x, w, norm = normal(rng, batch, 40), normal(rng, 24, 40), (normal(rng, 40), normal(rng, 40))
+    apply = jax.jit(lambda x: linear(x, w, norm=norm))
+    together, alone = apply(x), np.concatenate([apply(x[i : i + 1]) for i in range(batch)])
+    assert np.abs(together - alone).max() <= 2e-5 * np.abs(alone).max()
+
+
+def test_groups_of_rows_share_one_reading_of_x(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w, norm = normal(rng, 1, 40), normal(rng, 50, 40), (normal(rng, 40), None)
+    want = linear(x, w, norm=norm)
+    monkeypatch.setattr(decode, "_tile", lambda batch, o, k: decode.Tile(4, groups=3))
+    assert np.abs(linear(x, w, norm=norm) - want).max() <= 1e-5

@@ -13,7 +13,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt.ops.dropout import hash_bits
-from jaxgpt.ops.launch import launch, load
+from jaxgpt.ops.launch import launch, load, store
+
+_COLUMNS, _DEPTH, _WARPS = 2048, 4, 32  # of the top-k kernels below, for vocabularies of 2 _DEPTH _COLUMNS ids and more
 
 
 class Rule(NamedTuple):
@@ -40,6 +42,8 @@ def choose(
 
     Tokens whose logit equals the smallest one kept are kept too, as in nanoGPT. position: the new token's own.
     """
+    if kernel and rule.top_k and not (rule.greedy or rule.top_p) and rule.vocab_size >= 2 * _DEPTH * _COLUMNS:
+        return _top_k_kernel(logits, seeds, position, knobs, rule, out, column)
     noise = logits if rule.greedy else _gumbel(seeds, position, logits.shape[1])
     if kernel:
         return _choose_kernel(logits, noise, knobs, rule, out, column)
@@ -49,9 +53,14 @@ def choose(
 
 
 def _gumbel(seeds, position, width: int) -> Float[Array, "B V"]:
-    """Independent standard Gumbel noise, -log(-log(u)) of a uniform u."""
+    """Independent standard Gumbel noise."""
     ids, position = jnp.arange(width, dtype=jnp.uint32), position.astype(jnp.uint32)
-    bits = jax.vmap(lambda seed: hash_bits(hash_bits(seed, position), ids))(seeds)
+    return jax.vmap(lambda seed: _gumbel_at(hash_bits(seed, position), ids))(seeds)
+
+
+def _gumbel_at(seed: UInt[Array, ""], ids: Int[Array, "..."] | UInt[Array, "..."]) -> Float[Array, "..."]:
+    """-log(-log(u)) of a uniform u that is a hash of the id."""
+    bits = hash_bits(seed, ids.astype(jnp.uint32))
     # 1 - u, whose steps are finest near 0, where the largest noise comes from
     rest = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-rest))
@@ -104,3 +113,65 @@ def _choose_kernel(logits, noise, knobs, rule, out, column):
     args = logits, noise, knobs, column.reshape(1), out
     num_warps = min(32, max(1, block // 512))
     return launch(kernel, *args, out=[(out.shape, out.dtype)], grid=batch, num_warps=num_warps, aliases={4: 0})[0]
+
+
+def _best_of_columns(logits, rule: Rule):
+    """The _DEPTH largest logits of each column and their ids, (B, _DEPTH, _COLUMNS) both; column j has j, j + _COLUMNS…
+
+    What single programs cannot do in time: they look at all the logits.
+    """
+    batch, width = logits.shape
+    block = min(64, _COLUMNS)
+    share = _COLUMNS // block
+
+    def kernel(x_ref, best_ref, id_ref, *, interpret):
+        b, column = pl.program_id(0) // share, pl.program_id(0) % share * block + jnp.arange(block)
+        starts = range(0, min(width, rule.vocab_size), _COLUMNS)
+        xs = [load(x_ref.at[b, i + column], mask=i + column < rule.vocab_size, other=-jnp.inf) for i in starts]
+        best = [jnp.full((block,), -jnp.inf)] * _DEPTH
+        ids = [column] * _DEPTH
+        for start, x in zip(starts, xs, strict=True):
+            at = start + column
+            for rank in range(_DEPTH):  # the larger one stays, the smaller one is carried on to the next rank
+                larger = x > best[rank]
+                best[rank], x = jnp.where(larger, x, best[rank]), jnp.where(larger, best[rank], x)
+                ids[rank], at = jnp.where(larger, at, ids[rank]), jnp.where(larger, ids[rank], at)
+        for rank in range(_DEPTH):
+            store(best_ref.at[b, rank, column], best[rank])
+            store(id_ref.at[b, rank, column], ids[rank])
+
+    shape = (batch, _DEPTH, _COLUMNS)
+    out = [(shape, jnp.float32), (shape, jnp.int32)]
+    return launch(kernel, logits, out=out, grid=batch * share, num_warps=max(1, block // 32))
+
+
+def _top_k_kernel(logits, seeds, position, knobs, rule: Rule, out, column):
+    """Top-k by the best of columns alone, which hold all k nearly always; where they may not, by all the logits."""
+    batch, width = logits.shape
+    best, ids = _best_of_columns(logits, rule)
+    block = pl.next_power_of_2(width)
+
+    def kernel(x_ref, best_ref, id_ref, seeds_ref, position_ref, knobs_ref, column_ref, _, out_ref, *, interpret):
+        b, flat = pl.program_id(0), jnp.arange(_DEPTH * _COLUMNS)
+        rank, j = flat // _COLUMNS, flat % _COLUMNS
+        best, ids = (load(ref.at[b, rank, j]) for ref in (best_ref, id_ref))
+        knobs, seed = [knobs_ref[i] for i in range(3)], hash_bits(seeds_ref[b], position_ref[0].astype(jnp.uint32))
+        top = jnp.max(best)
+        x = (best - top) / knobs[0]
+        floor = _threshold(x, jnp.ones_like(x), knobs[1])
+        # a column whose last place is taken by a logit that is kept may have more of them
+        full = jnp.max(jnp.where(rank == _DEPTH - 1, x, -jnp.inf)) >= floor
+
+        def from_all():
+            ids = jnp.arange(block)
+            x = load(x_ref.at[b, ids], mask=ids < rule.vocab_size, other=-jnp.inf)
+            return _choose_row(x, _gumbel_at(seed, ids), knobs, rule)
+
+        def from_best():
+            score = jnp.where(x >= floor, x + _gumbel_at(seed, ids), -jnp.inf)
+            return jnp.min(jnp.where(score == jnp.max(score), ids, width))
+
+        out_ref[b, column_ref[0] + 1] = jax.lax.cond(full, from_all, from_best)
+
+    args = logits, best, ids, seeds, position.reshape(1), knobs, column.reshape(1), out
+    return launch(kernel, *args, out=[(out.shape, out.dtype)], grid=batch, num_warps=_WARPS, aliases={7: 0})[0]

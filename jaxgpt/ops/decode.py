@@ -32,16 +32,16 @@ def linear(
     (batch, k), o = x.shape, w.shape[0]
     # tensor cores multiply 16 rows at least; for one row they would be of no use
     rows = 1 if batch == 1 else max(16, pl.next_power_of_2(batch))
-    if norm is not None and rows > 16:  # too much for the registers of each program
+    if norm is not None and (rows > 16 or rows > 1 and k > 1024):  # too much for the registers of each program
         x, norm = _layer_norm(x, norm), None
     tile = _tile(batch, o, k)
     width = min(256, max(16, pl.next_power_of_2(k)))
-    chunks, at_once = pl.cdiv(k, width), batch == 1 or (rows == 16 and (norm is not None or k <= 1024))
+    chunks, at_once = pl.cdiv(k, width), batch == 1 or (rows == 16 and k <= 1024)
     optional = {"scale": norm and norm[0], "shift": norm and norm[1], "bias": bias, "residual": residual}
     given = {name: array for name, array in optional.items() if array is not None}
 
     def kernel(x_ref, w_ref, *refs, interpret):
-        ref = dict(zip(given, refs, strict=False))
+        ref, program = dict(zip(given, refs, strict=False)), pl.program_id(0)
 
         def columns(i):
             return i * width + jnp.arange(width)
@@ -59,7 +59,7 @@ def linear(
 
         def some_rows(j, xs):
             """Rows j of w in this program's share. Every load comes before the first use: memory answers once."""
-            row = (pl.program_id(0) * tile.groups + j) * tile.block + jnp.arange(tile.block)
+            row = (program * tile.groups + j) * tile.block + jnp.arange(tile.block)
             at = tuple(jnp.broadcast_arrays(jnp.arange(rows)[:, None], row[None, :]))
             mask = (jnp.arange(rows) < batch)[:, None] & (row < o)[None, :]
             ws = [matrix(w_ref, row, o, i) for i in range(chunks)] if at_once else []
@@ -137,7 +137,7 @@ def _tile(batch: int, o: int, k: int) -> Tile:
         block = next(n for n in (4, 2, 1) if n == 1 or (o >= n * 512 and n * k <= 8192))
         return Tile(block, groups=max(1, o // (block * 2048)))
     block = 32 if o > 8192 else 16
-    return Tile(block, num_warps=4 if batch <= 16 and k <= 1024 else 8, num_stages=6)
+    return Tile(block, num_warps=4 if k <= 1024 or batch > 16 else 2, num_stages=6 if batch <= 16 else 3)
 
 
 def attend(

@@ -1,0 +1,203 @@
+"""`train --dry_run`: the step compiled for a mesh that need not be there, what it takes, and every problem at once."""
+
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxgpt import UserError
+from jaxgpt.data import RunData
+from jaxgpt.model import GPTConfig, count_params
+from jaxgpt.processes import count_gpus
+from jaxgpt.sharding import AXES, BATCH_AXES, data_shards, make_mesh
+from jaxgpt.step import TrainState, abstract_state, make_model_config, make_train_step
+from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
+
+GPUS_PER_HOST = 8  # of described hosts
+
+
+def dry_run(
+    config: ConfigDict, devices: int, open_weights: Callable[[ConfigDict, Mesh], Any], checks: Sequence[Callable] = ()
+) -> int:
+    """Prints parameters, tokens per step, memory per device and collectives; then every problem, for a status of 2.
+
+    devices: of the described mesh; 0: the product of its sizes or, where one is -1, this machine's devices. Where those
+    are not this machine's they exist for the compiler alone. checks: what else may raise UserError.
+    """
+    if jax.distributed.is_initialized():
+        raise UserError("dry_run describes all devices by itself; run it in one process")
+    sizes: list[Any] = [config[f"mesh_{axis}"] for axis in AXES]
+    devices = devices or (0 if -1 in sizes else math.prod(sizes))
+    described = 0 < devices != count_gpus()
+    found = describe_devices(devices) if described else jax.devices()
+    alone = make_mesh(1, 1, 1, devices=found[:1])
+    problems: list[str] = []
+
+    def attempt(f: Callable[[], Any]) -> Any:
+        try:
+            return f()
+        except UserError as error:
+            problems.append(str(error))
+
+    for check in checks:
+        attempt(check)
+    mesh = attempt(lambda: make_mesh(*sizes, devices=found))
+    starts_fresh = config.init_from in ("scratch", "auto", "resume")
+    weights = None if starts_fresh else attempt(lambda: open_weights(config, mesh or alone))
+    shards = data_shards(mesh or alone)
+    micro_steps, rest = divmod(config.gradient_accumulation_steps, shards)
+    fitting = config.copy_and_resolve_references()  # a value that will not do must not hide what else is wrong
+    fitting.gradient_accumulation_steps = max(1, micro_steps) * shards
+    if rest:
+        attempt(lambda: RunData(config, mesh or alone))
+    data = attempt(lambda: RunData(fitting, mesh or alone, weights and weights.meta.vocab_size))
+    if described and config.dtype == "auto":
+        fitting.dtype = "bfloat16"
+    vocab_size = data.vocab_size if data else weights.meta.vocab_size if weights else GPT2_VOCAB_SIZE
+    eot = data.meta.eot if data else GPT2_VOCAB_SIZE - 1
+    model_config = attempt(lambda: make_model_config(fitting, vocab_size, mesh or alone, eot))
+    state = mesh and model_config and attempt(lambda: abstract_state(fitting, model_config, mesh))
+    if state:
+        print("\n".join(report(fitting, model_config, mesh, state, described)))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def describe_devices(count: int) -> Sequence[Any]:
+    """`count` devices that only the compiler sees: GPUs like this machine's, else CPUs."""
+    if count_gpus():
+        hosts, rest = divmod(count, GPUS_PER_HOST)
+        shape = f"1x1x{count}" if rest else f"1x{hosts}x{GPUS_PER_HOST}"
+        return topologies.get_topology_desc(platform="cuda", topology_name="", topology=shape).devices
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # it will never run
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count} {quick}"
+    jax.config.update("jax_platforms", "cpu")
+    return jax.devices()
+
+
+def report(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, state: TrainState, described: bool) -> list[str]:
+    """Lines for people on the step compiled for this mesh."""
+    micro_steps, rows = config.gradient_accumulation_steps // data_shards(mesh), config.batch_size * data_shards(mesh)
+    tokens = jax.ShapeDtypeStruct(
+        (1, micro_steps, rows, config.block_size + 1),
+        jnp.uint16 if model_config.vocab_size <= 2**16 else jnp.uint32,
+        sharding=NamedSharding(mesh, P(None, None, BATCH_AXES, None)),
+    )
+    compiled = make_train_step(config, model_config, mesh).lower(state, tokens).compile()
+    platform = mesh.devices.flat[0].platform
+    state_gib = bytes_per_device(state) / 2**30
+    if described and platform == "cpu":
+        step_gib = step_bytes(config, model_config, mesh, count_params(state.params, non_embedding=False)) / 2**30
+        origin = "estimated for accelerators with fused attention"
+    else:
+        step_gib, origin = compiled.memory_analysis().temp_size_in_bytes / 2**30, "as compiled"
+    shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    kind = f"{'described ' if described else ''}{mesh.devices.flat[0].device_kind}"
+    return [
+        f"{count_params(state.params):,} parameters, {micro_steps * rows * config.block_size:,} tokens per step: "
+        f"{micro_steps} micro-steps of {rows} sequences of {config.block_size:,}",
+        f"mesh {shape} on {mesh.size} × {kind}, {model_config.dtype}, attention by {model_config.attention}",
+        f"memory per device: {state_gib + step_gib:.2f} GiB: state {state_gib:.2f}, step {step_gib:.2f} ({origin})",
+        *(
+            f"{name} per step: {count:,} of {size / 1e6:,.1f} MB in all"
+            for name, (count, size) in sorted(collectives(compiled.as_text()).items())
+        ),
+    ]
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of arrays with shardings that each device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, n_params: int) -> float:
+    """About what a step needs on a device besides the state, with kernels and fused attention, which keep no scores.
+
+    A token leaves 16 vectors of n_embd for the backward pass in each block: 2 inputs and 2 outputs of normalization, q,
+    k, v, the output of attention, 4 + 4 around GELU; with remat 2 and one block's 16; and its logits. Besides: the
+    parameters in the computation's dtype and, with micro-steps, a float32 sum of gradients. For GPT-2 124M at 64
+    sequences and 1.5B at 16 this gives 24.4 and 42.0 GiB, where XLA's memory analysis for an H200 says 25.6 and 42.5.
+    """
+    c, size, tensor = model_config, jnp.dtype(model_config.dtype).itemsize, mesh.shape["tensor"]
+    block = (6 + 10 / tensor) * c.n_embd  # normalization and the residual stream are whole on every device of tensor
+    kept = c.n_layer * block if c.remat == "none" else 2 * c.n_layer * c.n_embd + block
+    activations = config.batch_size * c.block_size * size * (kept + c.padded_vocab_size / tensor)
+    sums = 4 * n_params / tensor / mesh.shape["fsdp"]
+    several = config.gradient_accumulation_steps > data_shards(mesh)
+    return activations + size * n_params / tensor + (sums if several else 0)
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """Of a compiled program's text: kind of collective -> how often it runs, and bytes in all.
+
+    Bytes are those of the larger side on one device: the whole array, which an all-gather makes and a reduce-scatter
+    takes. Bodies of loops count as often as the compiler knows them to run.
+    """
+    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for times, kind, size in _runs(hlo):
+        found[kind] += times
+        sizes[kind] += times * size
+    return {kind: (found[kind], sizes[kind]) for kind in found}
+
+
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
+DTYPE_BYTES = {"pred": 1, "c64": 8, "c128": 16}
+
+
+def _runs(hlo: str) -> list[tuple[int, str, int]]:
+    """(times, kind, bytes) of each collective."""
+    computations: dict[str, list[str]] = {}
+    entry = body = ""
+    for line in hlo.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            body = header[2]
+            computations[body] = []
+            entry = body if header[1] else entry
+        elif body:
+            computations[body].append(line)
+
+    def walk(name: str, times: int) -> list[tuple[int, str, int]]:
+        runs, size_of = [], {}
+        for line in computations[name]:
+            match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
+            if not match:
+                continue
+            result, shape, operation, rest = match.groups()
+            size_of[result] = _bytes(shape)
+            if kind := re.fullmatch(rf"({KINDS})(-start)?", operation):
+                operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+                taken = sum(size_of.get(x, 0) for x in operands)
+                made = size_of[result] - (taken if kind[2] else 0)  # -start also holds its operands
+                runs.append((times, kind[1], max(taken, made)))
+            loops = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+            inner = times * int(loops[1]) if operation == "while" and loops else times
+            called = re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
+            branches = re.findall(r"branch_computations=\{(.*?)\}", rest)
+            called += re.findall(r"%?([\w.\-]+)", " ".join(branches))
+            for other in called if operation != "all-reduce" else ():
+                runs += walk(other, inner) if other in computations else []
+        return runs
+
+    return walk(entry, 1)
+
+
+def _bytes(shape: str) -> int:
+    """Of `f32[8,16]{1,0}` or a tuple of such."""
+    total = 0
+    for dtype, dims in re.findall(r"\b([a-z]+\d*)[a-z0-9]*\[([\d,]*)\]", shape):
+        width = DTYPE_BYTES.get(dtype) or max(1, int(re.sub(r"\D", "", dtype) or 8) // 8)
+        total += width * math.prod(int(d) for d in dims.split(",") if d)
+    return total

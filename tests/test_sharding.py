@@ -1,0 +1,272 @@
+"""Any mesh gives the same training; and each sends, and holds, only what its layout should."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import UserError
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import GPT2_SIZES, default_config
+from jaxgpt.dryrun import bytes_per_device, collectives
+from jaxgpt.model import GPTConfig, abstract_params
+from jaxgpt.sharding import (
+    AXES,
+    BATCH_AXES,
+    check_heads,
+    data_shards,
+    device_map,
+    make_mesh,
+    partition_spec,
+    path_name,
+    split_heads,
+    tree_shardings,
+    tree_specs,
+)
+from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
+
+VOCAB, STEPS, ROWS = 300, 10, 16
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
+
+
+def mesh_of(*sizes):
+    return make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+
+
+class Run:
+    """The compiled step of a mesh, with its text; every step's ROWS rows are the same on all meshes."""
+
+    def __init__(self, config, sizes):
+        self.config, self.mesh = config, mesh_of(*sizes)
+        self.model_config = make_model_config(config, VOCAB, self.mesh)
+        self.abstract = abstract_state(config, self.model_config, self.mesh)
+        self.sharding = NamedSharding(self.mesh, P(None, None, BATCH_AXES, None))
+        step = make_train_step(config, self.model_config, self.mesh)
+        self.step = step.lower(
+            self.abstract, jax.ShapeDtypeStruct(self.shape, np.uint16, sharding=self.sharding)
+        ).compile()
+        self.collectives = collectives(self.step.as_text())
+
+    @property
+    def shape(self):
+        rows = self.config.batch_size * data_shards(self.mesh)
+        return 1, ROWS // rows, rows, self.config.block_size + 1
+
+    def tokens(self, step):
+        tokens = np.random.default_rng(step).integers(VOCAB, size=self.shape, dtype=np.uint16)
+        return jax.device_put(tokens, self.sharding)
+
+    def go_on(self, state, steps):
+        """The state after these steps, and their losses."""
+        losses = []
+        for step in steps:
+            state, metrics = self.step(state, self.tokens(step))
+            losses.append(float(metrics["loss"][0]))
+        return state, losses
+
+    @functools.cached_property
+    def trained(self):
+        return self.go_on(create_state(self.config, self.model_config, self.mesh), range(STEPS))
+
+    def matrix_bytes(self):
+        """Of the parameters that fsdp splits, on one device of tensor."""
+        return sum(x.size * 4 for x in jax.tree.leaves(self.abstract.params) if x.ndim > 1) // self.mesh.shape["tensor"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config):
+    """run(data, fsdp, tensor): two micro-steps a step on 8 shards of the batch."""
+    config = tiny_config(n_head=4, n_embd=32, gradient_accumulation_steps=ROWS, bias=False)
+    return functools.cache(lambda *sizes: Run(config, sizes))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_losses_and_parameters_do_not_depend_on_the_mesh(run, sizes):
+    alone, here = run(1, 1, 1).trained, run(*sizes).trained
+    np.testing.assert_allclose(here[1], alone[1], rtol=0, atol=1e-5)
+    assert here[1][-1] < here[1][0] - 0.1, "nothing was learned"
+    for a, b in zip(jax.tree.leaves(here[0].params), jax.tree.leaves(alone[0].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # Adam magnifies rounding where gradients are near 0
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)])
+def test_evaluation_does_not_depend_on_the_mesh(run, sizes):
+    losses = []
+    for here in (run(1, 1, 1), run(*sizes)) if sizes in MESHES else (run(1, 1, 1), run(8, 1, 1)):
+        mesh = mesh_of(*sizes) if here.mesh.size > 1 else here.mesh
+        params = create_state(here.config, make_model_config(here.config, VOCAB, mesh), mesh).params
+        tokens = np.random.default_rng(0).integers(VOCAB, size=(1, 3, 8, 17), dtype=np.uint16)
+        losses.append(make_eval_step(make_model_config(here.config, VOCAB, mesh), mesh)(params, tokens))
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+
+
+# --- what is sent, read off the compiled program ---
+
+
+def test_data_parallel_reduces_gradients_once_a_step(run):
+    """However many micro-steps: the bytes reduced are those of one float32 gradient and the loss."""
+    here = run(8, 1, 1)
+    assert here.shape[1] == 2
+    n_params = sum(x.size for x in jax.tree.leaves(here.abstract.params))
+    assert set(here.collectives) == {"all-reduce"}
+    assert here.collectives["all-reduce"][1] == 4 * (n_params + 1)
+
+
+def test_fsdp_gathers_parameters_and_scatters_gradients(run):
+    here = run(1, 8, 1)
+    micro_steps, matrices = here.shape[1], here.matrix_bytes()
+    assert set(here.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert (
+        matrices <= here.collectives["all-gather"][1] <= micro_steps * matrices
+    )  # out of the loop if the compiler can
+    assert here.collectives["reduce-scatter"][1] == micro_steps * matrices
+    assert here.collectives["all-reduce"][1] < 0.05 * matrices  # vectors and scalars
+
+
+def test_tensor_reduces_activations_alone(run):
+    """Nothing is gathered: each device multiplies with its own heads, hidden units and vocabulary."""
+    here = run(1, 1, 4)
+    assert set(here.collectives) == {"all-reduce"}
+
+
+def test_all_three_axes_at_once(run):
+    """A full rematerialization would show as an all-to-all, a permutation, or more gathered than the parameters."""
+    here = run(2, 2, 2)
+    micro_steps, matrices = here.shape[1], here.matrix_bytes()
+    wpe = here.abstract.params["wpe"]["embedding"].size * 4 // 2  # tensor does not split it
+    assert set(here.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert here.collectives["all-gather"][1] <= micro_steps * (matrices + wpe)
+    assert here.collectives["reduce-scatter"][1] == micro_steps * (matrices + wpe)
+
+
+def test_one_device_sends_nothing(run):
+    assert run(1, 1, 1).collectives == {}
+
+
+# --- what is held ---
+
+
+def test_fsdp_holds_an_eighth():
+    config = default_config()
+    sizes = {}
+    for fsdp in (1, 8):
+        mesh = mesh_of(8 // fsdp, fsdp, 1)
+        sizes[fsdp] = bytes_per_device(abstract_state(config, make_model_config(config, 50257, mesh), mesh))
+    assert sizes[8] * 8 == pytest.approx(sizes[1], rel=0.05)
+
+
+def test_a_state_lies_where_its_shardings_say(run):
+    state, _ = run(2, 2, 2).trained
+    expected = run(2, 2, 2).abstract
+    for x, described in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert x.sharding.is_equivalent_to(described.sharding, x.ndim)
+    mu = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        moments = [m for name, m in mu.items() if name.endswith(path_name(path))]
+        assert len(moments) == 2 and all(m.sharding.is_equivalent_to(x.sharding, x.ndim) for m in moments)
+
+
+@given(
+    st.sampled_from(sorted(GPT2_SIZES)),
+    st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16, 64]),
+    st.sampled_from([1, 2, 3, 4, 5, 8]),
+)
+def test_every_array_is_split_evenly_or_refused_with_the_arithmetic(size, fsdp, tensor):
+    layers, heads, width = GPT2_SIZES[size]
+    params = abstract_params(GPTConfig(n_layer=1, n_head=heads, n_embd=width, bias=True))
+    mesh = AbstractMesh((1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    try:
+        check_heads(heads, mesh)
+        specs = tree_specs(params, mesh)
+    except UserError as error:
+        assert "left over" in str(error) or "leaves" in str(error)
+        return
+    for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True):
+        local = NamedSharding(mesh, spec).shard_shape(x.shape)
+        split = x.size // math.prod(local)
+        assert split * math.prod(local) == x.size
+        if "ln_" not in path_name(path) and x.ndim > 1 and "bias" not in path_name(path):
+            assert split % fsdp == 0, f"{path_name(path)} is whole on every device of fsdp"
+        assert (split % tensor == 0) or not partition_spec(path_name(path), x.shape, mesh).count("tensor")
+    assert heads % tensor == 0
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((3, 1, 1), "do not multiply to the 8 devices found"),
+        ((-1, 3, 1), "mesh_fsdp=3, mesh_tensor=1 do not multiply to the 8 devices"),
+        ((-1, -1, 1), "only one size may be -1"),
+        ((16, 1, 1), "mesh_data=16"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(*sizes)
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert data_shards(make_mesh(2, 2, 2)) == 4
+
+
+def test_uneven_sizes_name_the_array_and_what_would_do(tiny_config):
+    with pytest.raises(
+        UserError, match=r"c_attn/kernel of shape \(12, 3, 12\) cannot be split: 12 / mesh_fsdp=8 leaves 4"
+    ):
+        abstract_state(tiny_config(n_embd=12), GPTConfig(n_embd=12, n_head=2, block_size=16), make_mesh(1, 8, 1))
+    with pytest.raises(
+        UserError, match="n_head=6 heads cannot be split over mesh_tensor=4.*choose mesh_tensor of 1, 2, 3, 6"
+    ):
+        make_model_config(tiny_config(n_head=6, n_embd=12), VOCAB, make_mesh(2, 1, 4))
+
+
+def test_split_heads_runs_each_head_where_it_lies():
+    mesh = make_mesh(2, 1, 4)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 8, 4)).astype(np.float32)
+
+    def local_heads(q, k, v):
+        assert q.shape == (1, 5, 2, 4)
+        return q * k + v
+
+    f = device_map(lambda *args: split_heads(local_heads)(*args), mesh, (P(BATCH_AXES),) * 3, P(BATCH_AXES))
+    np.testing.assert_array_equal(jax.jit(f)(q, k, v), q * k + v)
+    whole = jax.jit(split_heads(lambda q, k, v: q * k + v))  # no mesh around it
+    np.testing.assert_array_equal(whole(q, k, v), q * k + v)
+
+
+# --- one checkpoint, any mesh ---
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1)])
+def test_a_checkpoint_goes_on_on_another_mesh(run, sizes, tmp_path):
+    saved, here = run(8, 1, 1), run(*sizes)
+    state, _ = saved.go_on(create_state(saved.config, saved.model_config, saved.mesh), range(3))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, {})
+    assert checkpoints.wait()
+    restored, _, step = Checkpoints(tmp_path).restore(here.abstract)
+    assert step == 3
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding.mesh.size == math.prod(sizes)
+    _, there = here.go_on(restored, range(3, 6))
+    _, expected = saved.go_on(jax.tree.map(jnp.copy, state), range(3, 6))
+    np.testing.assert_allclose(there, expected, rtol=0, atol=1e-5)
+
+
+def test_shardings_follow_specs():
+    mesh = make_mesh(2, 2, 2)
+    params = abstract_params(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16))
+    shardings = tree_shardings(params, mesh)
+    assert shardings["h"][0]["mlp"]["c_proj"]["kernel"].spec == P("tensor", "fsdp")
+    assert shardings["wte"]["embedding"].spec == P("tensor", "fsdp")
+    assert tree_shardings(params, make_mesh(1, 8, 1))["wte"]["embedding"].spec == P("fsdp", None)
