@@ -57,6 +57,7 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
         return {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID"), **known}
 
     if "RANK" in env and "MASTER_ADDR" in env:
+        env = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", **env}  # some set no more than the four of the whole
         # torchrun's agent itself listens at MASTER_PORT
         port = _number(env, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in env)
         address = f"{env['MASTER_ADDR']}:{env.get('JAX_COORDINATOR_PORT', port)}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -79,7 +79,7 @@ def data_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_heads(n_head: int, mesh: Mesh) -> None:
+def check_heads(n_head: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where attention heads do not divide over `tensor`."""
     if n_head % mesh.shape["tensor"]:
         fitting = ", ".join(str(n) for n in range(1, n_head + 1) if n_head % n == 0)
@@ -97,7 +97,7 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """How the array with this path is split. fsdp takes the first dimension that is free and divides evenly."""
     entries: list[str | None] = [None] * len(shape)
     by_tensor = next((dim for pattern, dim in TENSOR_RULES if re.search(pattern, path)), None)
@@ -109,7 +109,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*entries)
 
 
-def tree_specs(tree: Any, mesh: Mesh) -> Any:
+def tree_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The PartitionSpec of every leaf. Raises UserError where a dimension cannot be split evenly."""
 
     def checked(path, leaf) -> P:

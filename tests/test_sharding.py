@@ -60,7 +60,7 @@ class Run:
         return 1, ROWS // rows, rows, self.config.block_size + 1
 
     def tokens(self, step):
-        tokens = np.random.default_rng(step).integers(VOCAB, size=self.shape, dtype=np.uint16)
+        tokens = np.random.default_rng(step).integers(10, size=self.shape, dtype=np.uint16)
         return jax.device_put(tokens, self.sharding)
 
     def go_on(self, state, steps):
@@ -96,14 +96,13 @@ def test_losses_and_parameters_do_not_depend_on_the_mesh(run, sizes):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # Adam magnifies rounding where gradients are near 0
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_evaluation_does_not_depend_on_the_mesh(run, sizes):
-    losses = []
-    for here in (run(1, 1, 1), run(*sizes)) if sizes in MESHES else (run(1, 1, 1), run(8, 1, 1)):
-        mesh = mesh_of(*sizes) if here.mesh.size > 1 else here.mesh
-        params = create_state(here.config, make_model_config(here.config, VOCAB, mesh), mesh).params
-        tokens = np.random.default_rng(0).integers(VOCAB, size=(1, 3, 8, 17), dtype=np.uint16)
-        losses.append(make_eval_step(make_model_config(here.config, VOCAB, mesh), mesh)(params, tokens))
+    tokens = np.random.default_rng(0).integers(VOCAB, size=(1, 3, 8, 17), dtype=np.uint16)
+    losses = [
+        make_eval_step(here.model_config, here.mesh)(here.trained[0].params, jax.device_put(tokens, here.sharding))
+        for here in (run(1, 1, 1), run(*sizes))
+    ]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
@@ -238,9 +237,9 @@ def test_split_heads_runs_each_head_where_it_lies():
         return q * k + v
 
     f = device_map(lambda *args: split_heads(local_heads)(*args), mesh, (P(BATCH_AXES),) * 3, P(BATCH_AXES))
-    np.testing.assert_array_equal(jax.jit(f)(q, k, v), q * k + v)
+    np.testing.assert_allclose(jax.jit(f)(q, k, v), q * k + v, rtol=1e-5, atol=1e-6)
     whole = jax.jit(split_heads(lambda q, k, v: q * k + v))  # no mesh around it
-    np.testing.assert_array_equal(whole(q, k, v), q * k + v)
+    np.testing.assert_allclose(whole(q, k, v), q * k + v, rtol=1e-5, atol=1e-6)
 
 
 # --- one checkpoint, any mesh ---

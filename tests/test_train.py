@@ -89,6 +89,18 @@ def test_stopping_and_resuming_changes_no_bit(finished, arguments, tmp_path, mes
     assert halves_info["val_loss"] == info["val_loss"]
 
 
+def test_the_best_is_remembered_across_a_resume(arguments, tmp_path, mesh):
+    """Four good steps, then four that spoil it: the best loss, its step and its checkpoint are those of before."""
+    out = tmp_path / "run"
+    main(arguments(out, max_iters=4, always_save_checkpoint=False))
+    best = state_of(out, mesh)[1]["val_loss"]
+    main(arguments(out, init_from="resume", always_save_checkpoint=False, learning_rate=1.0, keep_checkpoints=1))
+    _, info, step = state_of(out, mesh)
+    assert step == 8 and info["val_loss"] > best
+    assert (info["best_val_loss"], info["best_step"]) == (best, 4)
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"4", "8"}
+
+
 def test_evaluating_changes_no_training_loss(finished, arguments, tmp_path):
     for interval, iters in ((1, 1), (8, 5)):
         out = tmp_path / f"every{interval}"
