@@ -253,7 +253,10 @@ def start_timeout() -> float:
 
 
 def agree(topic: str, facts: Mapping[str, Any]) -> None:
-    """Returns when all processes came here with the same facts. UserError on each whose facts are not process 0's."""
+    """Returns when all processes came here with the same facts. UserError on each whose facts are not process 0's.
+
+    Without facts: a place to wait for the slowest, before computing together: collectives themselves wait less long.
+    """
     if not jax.distributed.is_initialized():
         return
     client, limit_ms = _client(), int(1000 * start_timeout())

@@ -78,6 +78,7 @@ def train(config: ConfigDict) -> guard.Exit:
             k = choose_steps_per_call(config, step, flops)
             write_run_files(run, config, data, step, evaluated=info.get("evaluated") == step)
             train_step = make_train_step(config, model_config, mesh).lower(state, data.abstract_batch(k)).compile()
+            agree("compiled", {})
         with (
             Reporter(run, config, first_step=step) as reporter,
             prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k) as batches,
@@ -212,7 +213,10 @@ class Evaluation:
 
     def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """The scores by name; None if `stop`, asked every few batches, is true before they are there."""
-        self._batches = self._batches or self._data.eval_batches()
+        if self._batches is None:
+            self._batches = self._data.eval_batches()
+            self._step = self._step.lower(params, self._batches["val"][0]).compile()
+            agree("compiled evaluation", {})
         scores = {}
 
         def check() -> None:

@@ -114,9 +114,9 @@ def test_a_character_run_opens_in_transformers(tmp_path):
     assert theirs.decode(tokenizer.encode(TEXT)) == TEXT
     tokens = np.array([tokenizer.encode(TEXT[:24])])
     model = open_model(str(tmp_path / "run"), mesh=make_mesh(), dtype="float32")
-    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), our_logits(model, tokens), atol=2e-5)
+    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), our_logits(model, tokens), rtol=2e-5, atol=2e-5)
     again = open_model(init_from=str(tmp_path / "hf"), mesh=make_mesh(), dtype="float32")
-    np.testing.assert_allclose(our_logits(again, tokens), our_logits(model, tokens), atol=2e-5)
+    np.testing.assert_allclose(our_logits(again, tokens), our_logits(model, tokens), rtol=2e-5, atol=2e-5)
     assert again.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
 
 

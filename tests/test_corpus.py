@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 # Real text that every Python has: its manual, 700 kB of English and code, of which each topic is a document.
 DOCUMENTS = [text + " naïve 日本語 🙂\r\n" * (i % 3) for i, text in enumerate(pydoc_data.topics.topics.values())]
 CHILD = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 from jaxgpt.config import run_main
 from jaxgpt.corpus import build
 from jaxgpt.texts import Files

@@ -14,7 +14,7 @@ LAYERS = (
     ("ops.decode",),
     ("model", "data", "corpus", "shakespeare", "optim", "hf"),
     ("step", "generate"),
-    ("checkpoint",),
+    ("checkpoint", "dryrun"),
     ("evaluate",),
     ("train", "sample", "bench", "convert", "plot"),
 )

@@ -72,8 +72,8 @@ def test_text_appears_as_it_is_made(capsys):
         (["--start=Hé"], "lacks 'Hé'"),
         ([], r"lacks '\n'"),  # the default prompt, of which this model knows nothing
         (["--start="], "the prompt is empty"),
-        (["--start=FILE:nowhere.txt"], "cannot read nowhere.txt: No such file"),
-        (["--start=FILE:."], "cannot read .: Is a directory"),
+        (["--start=FILE:nowhere.txt"], "cannot read 'nowhere.txt': No such file"),
+        (["--start=FILE:."], "cannot read '.': Is a directory"),
         (["--start=a", "--temperature=-1"], "temperature=-1.0 must be 0"),
         (["--start=a", "--temperature=hot"], "--temperature: invalid float value: 'hot'"),
         (["--start=a", "--top_p=0"], "top_p=0.0 must be above 0"),
