@@ -26,7 +26,7 @@ GPT2_SIZES = {
 
 
 def default_config() -> ConfigDict:
-    """All keys with their defaults, locked: an unknown key is an error. nanoGPT's names and values, where it has them."""
+    """All keys with their defaults, locked: an unknown key is an error. nanoGPT's names and values if it has them."""
     c = ConfigDict()
     # run
     c.out_dir = "out"
