@@ -99,7 +99,6 @@ class Reporter:
         self.enabled = jax.process_index() == 0
         if not self.enabled:
             return
-        self._file = (folder / "metrics.jsonl").open("a")
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -110,7 +109,12 @@ class Reporter:
             self._board = Writer(str(folder))
         if config.wandb_log:
             wandb = importlib.import_module("wandb")
-            self._wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=config.to_dict())
+            name, values = config.wandb_run_name, config.to_dict()
+            try:
+                self._wandb = wandb.init(project=config.wandb_project, name=name, config=values)
+            except wandb.Error as e:
+                raise UserError(f"wandb_log: {e}") from None
+        self._file = (folder / "metrics.jsonl").open("a")
 
     def say(self, line: str) -> None:
         """Prints a line for people, above the progress bar."""

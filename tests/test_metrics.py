@@ -166,6 +166,16 @@ def test_wandb(tmp_path, tiny_config, monkeypatch):
     assert wandb.init.return_value.mock_calls == [mock.call.log({"loss": 3.25}, step=5), mock.call.finish()]
 
 
+def test_wandb_without_a_key_is_one_line(tmp_path, tiny_config, monkeypatch):
+    wandb = types.ModuleType("wandb")
+    wandb.Error = type("Error", (Exception,), {})
+    wandb.init = mock.Mock(side_effect=wandb.Error("No API key configured. Use `wandb login` to log in."))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match="wandb_log: No API key configured. Use `wandb login`"):
+        Reporter(tmp_path, tiny_config(wandb_log=True), first_step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("key, module", [("tensorboard_log", "tensorboard"), ("wandb_log", "wandb")])
 def test_a_missing_tracker_is_one_line(tiny_config, monkeypatch, key, module):
     monkeypatch.setitem(sys.modules, module, None)
