@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains on a queued slice of Cloud TPUs, one process a host: scripts/launch_tpu.sh --config configs/gpt2.py
+# Edit these; the run's folder and the data are on a disk or bucket mounted at the same place on every host.
+project=my-project zone=us-east5-b name=jaxgpt
+accelerator=v6e-64 runtime=v2-alpha-tpuv6e
+repository=https://github.com/you/jaxgpt.git mount='mountpoint -q /shared'
+#
+# The first call queues the slice, waits until it is there and sets up every host; a later one only starts the run,
+# which goes on from its last checkpoint. To give the slice back:
+#   gcloud compute tpus queued-resources delete jaxgpt --project my-project --zone us-east5-b --force
+set -euo pipefail
+
+at=(--project "$project" --zone "$zone")
+on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" "${at[@]}" --worker=all --command="$1"; }
+
+if ! gcloud compute tpus queued-resources describe "$name" "${at[@]}" >/dev/null 2>&1; then
+    gcloud compute tpus queued-resources create "$name" "${at[@]}" --node-id "$name" \
+        --accelerator-type "$accelerator" --runtime-version "$runtime"
+fi
+until [ "$(gcloud compute tpus queued-resources describe "$name" "${at[@]}" --format='value(state.state)')" = ACTIVE ]; do
+    echo "waiting for $accelerator in $zone" >&2
+    sleep 60
+done
+on_all_hosts "set -e; $mount; [ -d jaxgpt ] || git clone $repository jaxgpt; cd jaxgpt; scripts/setup tpu"
+# jax.distributed finds the hosts by itself; nothing but process 0 writes to stdout
+on_all_hosts "cd jaxgpt && .venv/bin/python -m jaxgpt.train $(printf '%q ' "$@") --config.init_from=auto"
