@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -122,7 +122,7 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, n_params: int) -> float:
+def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh | AbstractMesh, n_params: int) -> float:
     """About what a step needs on a device besides the state, with kernels and fused attention, which keep no scores.
 
     A token leaves 16 vectors of n_embd for the backward pass in each block: 2 inputs and 2 outputs of normalization, q,

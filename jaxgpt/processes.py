@@ -169,7 +169,7 @@ class Processes:
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._cluster is None:
             return
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self._left.set()
             self._watcher.join()
             return

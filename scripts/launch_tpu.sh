@@ -17,10 +17,15 @@ if ! gcloud compute tpus queued-resources describe "$name" "${at[@]}" >/dev/null
     gcloud compute tpus queued-resources create "$name" "${at[@]}" --node-id "$name" \
         --accelerator-type "$accelerator" --runtime-version "$runtime"
 fi
-until [ "$(gcloud compute tpus queued-resources describe "$name" "${at[@]}" --format='value(state.state)')" = ACTIVE ]; do
-    echo "waiting for $accelerator in $zone" >&2
+while state=$(gcloud compute tpus queued-resources describe "$name" "${at[@]}" --format='value(state.state)'); do
+    case $state in
+    ACTIVE) break ;;
+    FAILED | SUSPEND*) echo "error: $name is $state; delete it, as above, and start again" >&2 && exit 2 ;;
+    esac
+    echo "$name is $state, waiting for $accelerator in $zone" >&2
     sleep 60
 done
-on_all_hosts "set -e; $mount; [ -d jaxgpt ] || git clone $repository jaxgpt; cd jaxgpt; scripts/setup tpu"
+python='command -v python3.11 >/dev/null || sudo apt-get -qq install -y python3.11-venv; export PYTHON=python3.11'
+on_all_hosts "set -e; $mount; [ -d jaxgpt ] || git clone $repository jaxgpt; cd jaxgpt; $python; scripts/setup tpu"
 # jax.distributed finds the hosts by itself; nothing but process 0 writes to stdout
 on_all_hosts "cd jaxgpt && .venv/bin/python -m jaxgpt.train $(printf '%q ' "$@") --config.init_from=auto"

@@ -140,3 +140,9 @@ def test_sizes_that_do_not_divide(tiny_config, capsys):
     assert "kernel of shape (12, 3, 12) cannot be split: 12 / mesh_fsdp=8 leaves 4" in capsys.readouterr().err
     assert dry_run(tiny_config(mesh_fsdp=3), 0, lambda *_: None) == 2
     assert "do not multiply to the 8 devices found" in capsys.readouterr().err
+
+
+def test_the_tables_of_the_plan_are_those_of_its_script():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "plan"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (ROOT / "docs" / "scaling.md").read_text()
