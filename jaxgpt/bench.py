@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.config import Parser, parse_config, run_main
-from jaxgpt.data import RunData
+from jaxgpt.data import RunData, prefetch
 from jaxgpt.generate import Generator
 from jaxgpt.metrics import flops_per_token, peak_flops, peak_memory_gib
 from jaxgpt.model import count_params, init_params
+from jaxgpt.processes import Processes
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import create_state, make_model_config, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
@@ -33,18 +34,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--num_samples", type=int, default=1, help="sequences that --what=sample makes at once")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="their length")
     parser.add_argument("--profile", action="store_true", help="also print GPU time by kind of kernel")
-    config, args = parse_config(argv, parser)
-    for name in ("steps", "num_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
     configure_jax()
-    if args.what == "train":
-        result = bench_train(config, args.steps, args.profile)
-    elif args.what == "sample":
-        result = bench_sample(config, args.num_samples, args.max_new_tokens)
-    else:
-        result = bench_data(config, args.steps)
-    print(json.dumps(result | environment()))
+    with Processes():
+        config, args = parse_config(argv, parser)
+        for name in ("steps", "num_samples", "max_new_tokens"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+        if args.what == "train":
+            result = bench_train(config, args.steps, args.profile)
+        elif args.what == "sample":
+            result = bench_sample(config, args.num_samples, args.max_new_tokens)
+        else:
+            result = bench_data(config, args.steps)
+        print(json.dumps(result | environment()))
 
 
 def environment() -> dict[str, Any]:
@@ -54,7 +56,11 @@ def environment() -> dict[str, Any]:
 
 
 def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]:
-    """Whole optimizer steps on real batches: ms a step, tokens/s, MFU, peak GiB, seconds to the first one."""
+    """Whole optimizer steps: ms a step, tokens/s, MFU, peak GiB, seconds to the first one.
+
+    Batches come through the loader, as in a run; `step_ms_fixed_batch` is on one batch that stays on the devices. Three
+    rounds of each, in turn; medians.
+    """
     start = time.perf_counter()
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     data = RunData(config, mesh)
@@ -68,29 +74,32 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     state, metrics = train_step(state, data.batch(0))
     losses = [float(metrics["loss"][-1])]
     first_step_s = time.perf_counter() - start
-    times = []
-    for step in range(1, steps + 3):
-        tokens = jax.block_until_ready(data.batch(step))
+
+    def time_steps(batches: Iterable[jax.Array]) -> float:
+        """Milliseconds a step; as in a run, a call is dispatched before the last one's metrics are read."""
+        nonlocal state, metrics
         begin = time.perf_counter()
-        state, metrics = train_step(state, tokens)
+        for tokens in batches:
+            state, metrics = train_step(state, tokens)
         losses.append(float(metrics["loss"][-1]))
-        times.append(time.perf_counter() - begin)
-    # what a run does: the next call is dispatched before the last one's metrics are read
-    batches = [data.batch(step) for step in range(steps)]
-    begin = time.perf_counter()
-    for tokens in batches:
-        state, metrics = train_step(state, tokens)
-    losses.append(float(metrics["loss"][-1]))
-    pipelined = (time.perf_counter() - begin) / steps
+        return 1e3 * (time.perf_counter() - begin) / steps
+
+    fixed = data.batch(0)
+    time_steps([fixed] * steps)
+    times = []
+    for n in range(3):
+        with prefetch(data.batch, n * steps, (n + 1) * steps) as batches:
+            times.append((time_steps(tokens for _, tokens in batches), time_steps([fixed] * steps)))
+    step_ms, fixed_ms = (statistics.median(column) for column in zip(*times, strict=True))
     n = count_params(state.params)
     flops = flops_per_token(n, config.n_layer, config.n_embd, config.block_size) * data.tokens_per_step
     peak = peak_flops(jax.devices()[0])
     result = {
         "what": "train",
-        "step_ms": round(1e3 * pipelined, 3),
-        "step_ms_alone": round(1e3 * statistics.median(times[2:]), 3),
-        "tokens_per_s": round(data.tokens_per_step / pipelined),
-        "mfu": round(flops / pipelined / peak / jax.device_count(), 4) if peak else None,
+        "step_ms": round(step_ms, 3),
+        "step_ms_fixed_batch": round(fixed_ms, 3),
+        "tokens_per_s": round(1e3 * data.tokens_per_step / step_ms),
+        "mfu": round(1e3 * flops / step_ms / peak / jax.device_count(), 4) if peak else None,
         "peak_gib": round(peak_memory_gib(), 2),
         "trace_s": round(lowered_at - begin_trace, 1),
         "compile_s": round(compiled_at - lowered_at, 1),
@@ -103,8 +112,8 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     if profile:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                for tokens in batches[:3]:
-                    state, metrics = train_step(state, tokens)
+                for _ in range(3):
+                    state, metrics = train_step(state, fixed)
                 jax.block_until_ready(state)
             print(profile_table(folder, 3), file=sys.stderr)
     return result

@@ -31,7 +31,7 @@ def test_one_line_of_json(arguments, tmp_path, monkeypatch, capsys):
     result = json.loads(out, parse_constant=pytest.fail)
     assert (result["what"], result["tokens_per_step"], result["devices"], result["mfu"]) == ("train", 128, 8, None)
     assert result["params"] == 16 * (128 + 12 * 16 + 3)
-    assert result["step_ms"] > 0 and result["step_ms_alone"] > 0
+    assert result["step_ms"] > 0 and result["step_ms_fixed_batch"] > 0
     assert result["tokens_per_s"] == pytest.approx(128 / result["step_ms"] * 1e3, rel=1e-2)
     assert abs(result["loss_first"] - math.log(27)) < 0.1 and result["loss_last"] < result["loss_first"]
     assert {"device", "jax", "jaxlib", "flax", "optax"} <= set(result)
