@@ -54,8 +54,8 @@ def configure_jax() -> None:
 def keep_freed_memory(size: int = 1 << 30) -> None:
     """Has glibc's malloc keep up to `size` freed bytes, in place of giving each large block back to the system.
 
-    On CPUs a step frees its buffers at its end; getting their pages again took 40% of a small model's step. Does nothing
-    where the C library is another. Numbers from glibc's malloc.h.
+    On CPUs a step frees its buffers at its end, and getting their pages again took 40% of a small model's step. Nothing
+    happens where the C library is another. Numbers from glibc's malloc.h.
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,9 +1,10 @@
 """Train a GPT: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,27 +49,23 @@ def train(config: ConfigDict) -> guard.Exit:
     checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
     resume = decide_resume(config, run, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
-    data = RunData(config, mesh, weights and weights.meta.vocab_size)
-    if weights:
-        weights.check_corpus(data.meta)
-    agree("data", data.facts())
+    data = open_data(config, mesh, weights)
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
     abstract = abstract_state(config, model_config, mesh)
     evaluate = Evaluation(config, data, model_config, mesh)
     if config.eval_only:
         params = checkpoints.restore({"params": abstract.params})[0]["params"] if resume else weights and weights.params
-        scores = evaluate(params or create_state(config, model_config, mesh).params)
-        print(evaluate.line("eval", scores or {}))
+        print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params) or {}))
         return guard.Exit.DONE
 
     with (
         guard.RunLock(run),
-        contextlib.closing(checkpoints),
+        closing(checkpoints),
         guard.Stop() as stop,
         guard.Watchdog(config.stall_timeout) as watchdog,
     ):
-        checkpoints.remove_leftovers()
         with watchdog.allow("start", SLOW_LIMIT_S):
+            checkpoints.remove_leftovers()
             if resume:
                 state, info, step = checkpoints.restore(abstract)
             else:
@@ -88,17 +85,14 @@ def train(config: ConfigDict) -> guard.Exit:
             while True:
                 if (step % config.eval_interval == 0 or step == config.max_iters) and info.get("evaluated") != step:
                     log.flush()
-                    with watchdog.allow("evaluation", SLOW_LIMIT_S):
+                    with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
                         scores = evaluate(state.params, stop.requested)
-                    if scores is None:  # it is begun again when the run goes on
-                        break
-                    reporter.say(evaluate.line(f"step {step}", scores))
-                    reporter.record(step, scores)
-                    improved = scores["val_loss"] < info.get("best_val_loss", math.inf)
-                    best = {"best_val_loss": scores["val_loss"], "best_step": step} if improved else {}
-                    info = {**info, **best, "evaluated": step, "val_loss": scores["val_loss"]}
-                    if step > 0 and (improved or config.always_save_checkpoint):
-                        with watchdog.allow("save", SLOW_LIMIT_S):
+                        if scores is None:  # stopped; the evaluation is begun again when the run goes on
+                            break
+                        reporter.say(evaluate.line(f"step {step}", scores))
+                        reporter.record(step, scores)
+                        info = judge(info, step, scores["val_loss"])
+                        if step > 0 and (info.get("best_step") == step or config.always_save_checkpoint):
                             checkpoints.save(step, state, info)
                 if step == config.max_iters or stop.requested():
                     break
@@ -113,6 +107,22 @@ def train(config: ConfigDict) -> guard.Exit:
     if not saved:
         raise UserError(f"the last checkpoint is not saved in {run}; make room and resume", guard.Exit.FAILURE)
     return guard.Exit.DONE if info.get("evaluated") == config.max_iters else guard.Exit.STOPPED
+
+
+def open_data(config: ConfigDict, mesh: Mesh, weights: OpenedModel | None) -> RunData:
+    """The corpora, the same on all processes and made with the weights' tokenizer."""
+    data = RunData(config, mesh, weights and weights.meta.vocab_size)
+    if weights:
+        weights.check_corpus(data.meta)
+    agree("data", data.facts())
+    return data
+
+
+def judge(info: dict[str, Any], step: int, val_loss: float) -> dict[str, Any]:
+    """A checkpoint's info after an evaluation at `step`, whose loss may be the best so far."""
+    improved = val_loss < info.get("best_val_loss", math.inf)
+    best = {"best_val_loss": val_loss, "best_step": step} if improved else {}
+    return {**info, **best, "evaluated": step, "val_loss": val_loss}
 
 
 def rehearse(config: ConfigDict, devices: int) -> int:
