@@ -124,7 +124,9 @@ def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> d
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     model_config = make_model_config(config, GPT2_VOCAB_SIZE, mesh)
     begin = time.perf_counter()
-    generate = Generator(model_config, init_params(model_config, jax.random.key(0)))
+    # as `sample` opens a model: made in the dtype it computes in
+    init = jax.jit(init_params, static_argnums=(0, 2))
+    generate = Generator(model_config, init(model_config, jax.random.key(0), model_config.dtype))
     times = []
     for i in range(6):
         start = time.perf_counter()

@@ -271,11 +271,12 @@ class GPT(nnx.Module):
         return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, kernel=c.kernels)
 
 
-def init_params(config: GPTConfig, key: Array) -> Params:
-    """Fresh float32 parameters as a nested dict: GPT-2's initialization, the padded rows of the vocabulary zero."""
+def init_params(config: GPTConfig, key: Array, dtype: str = "float32") -> Params:
+    """Fresh parameters as a nested dict: GPT-2's initialization, the padded rows of the vocabulary zero."""
 
     def init(module: Callable[..., nnx.Module], config: GPTConfig, key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
     # All layers at once, and the barrier keeps it so: a few kernels of random numbers to compile, not some a layer
     outer, *layers = jax.random.split(key, 1 + config.n_layer)
@@ -283,7 +284,7 @@ def init_params(config: GPTConfig, key: Array) -> Params:
     blocks = jax.lax.optimization_barrier(jax.vmap(partial(init, Block, config))(jnp.stack(layers)))
     params["h"] = {i: jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(config.n_layer)}
     table = params["wte"]["embedding"]
-    params["wte"]["embedding"] = jnp.where(jnp.arange(table.shape[0])[:, None] < config.vocab_size, table, 0.0)
+    params["wte"]["embedding"] = jnp.where(jnp.arange(table.shape[0])[:, None] < config.vocab_size, table, 0)
     return params
 
 

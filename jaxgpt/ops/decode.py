@@ -18,6 +18,7 @@ from jaxgpt.ops.launch import launch, load, store
 Norm = tuple[Float[Array, " K"], Float[Array, " K"] | None]  # scale and bias of a layer norm
 
 
+@functools.partial(jax.jit, static_argnames=("activation", "dtype"))  # traced and lowered once, not once a layer
 def linear(
     x: Float[Array, "B K"],
     w: Float[Array, "O K"],
@@ -140,6 +141,7 @@ def _tile(batch: int, o: int, k: int) -> Tile:
     return Tile(block, num_warps=4 if k <= 1024 or batch > 16 else 2, num_stages=6 if batch <= 16 else 3)
 
 
+@jax.jit
 def attend(
     qkv: Float[Array, "B _"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], length: Int[Array, ""]
 ) -> tuple[Float[Array, "B C"], Float[Array, "B S N H"], Float[Array, "B S N H"]]:
