@@ -36,6 +36,8 @@ MATRICES = r"(kernel|embedding)$"
 XLA_GPU_FLAGS = (
     "--xla_gpu_enable_triton_gemm=false",  # cuBLAS for all matrix products
     "--xla_gpu_dot_merger_threshold_mb=0",  # products of queries, keys, values stay apart: slicing a merged one copies
+    # one all-reduce of the gradients, when they are all there: one that runs beside products slows them down by more
+    "--xla_gpu_all_reduce_combine_threshold_bytes=4294967296",
 )
 
 
