@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,13 +57,14 @@ def configure_jax() -> None:
 def keep_freed_memory(size: int = 1 << 30) -> None:
     """Has glibc's malloc keep up to `size` freed bytes, in place of giving each large block back to the system.
 
-    On CPUs a step frees its buffers at its end, and getting their pages again took 40% of a small model's step. Nothing
+    On CPUs a step frees its buffers at its end, and getting their pages again took 40% of a small model's step. Call it
+    before there are other threads: they are to share one arena, as arenas of their own hold no large blocks. Nothing
     happens where the C library is another. Numbers from glibc's malloc.h.
     """
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform != "win32" else None
     if mallopt:
-        for option, value in ((m_trim_threshold, size), (m_top_pad, size // 4), (m_mmap_threshold, size)):
+        for option, value in ((m_trim_threshold, size), (m_mmap_threshold, size), (m_arena_max, 1)):
             mallopt(option, value)
 
 
