@@ -2,13 +2,13 @@
 
 import argparse
 import difflib
-import importlib.util
 import json
 import logging
 import math
 import re
+import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,6 +71,7 @@ def default_config() -> ConfigDict:
     c.min_lr = 6e-5
     # hardware
     c.dtype = "auto"  # auto (bfloat16 where it is fast) | bfloat16 | float16 | float32
+    c.matmul_dtype = "auto"  # auto (= dtype) | fp8: the MLP's and the vocabulary's products while training (H100 on)
     c.attention = "auto"  # auto | cudnn | xla
     c.kernels = "auto"  # the GPU kernels in jaxgpt/ops: auto | on | off
     c.accumulation = "auto"  # auto | multisteps (optax.MultiSteps) | sum
@@ -90,40 +91,37 @@ CHOICES = {
     "data_order": ("shuffle", "random"),
     "lr_schedule": ("cosine", "constant"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "matmul_dtype": ("auto", "fp8"),
     "attention": ("auto", "cudnn", "xla"),
     "kernels": ("auto", "on", "off"),
     "accumulation": ("auto", "multisteps", "sum"),
     "remat": ("none", "block"),
 }
-# the smallest value of each number; those absent here may be anything
-AT_LEAST = {
-    **dict.fromkeys(["batch_size", "gradient_accumulation_steps", "block_size"], 1),
-    **dict.fromkeys(
-        ["eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "max_iters", "max_bad_steps"], 1
-    ),
-    **dict.fromkeys(["learning_rate", "min_lr", "weight_decay", "grad_clip", "dropout", "beta1", "beta2"], 0),
-    **dict.fromkeys(["warmup_iters", "lr_decay_iters", "seed", "steps_per_call", "stall_timeout"], 0),
-    "spike_threshold": 0,
-}
+# numbers that are at least 1; the others are at least 0
+POSITIVE = (
+    "batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "eval_iters", "log_interval",
+    "keep_checkpoints", "max_iters", "max_bad_steps",
+)  # fmt: skip
 BELOW = {"dropout": 1, "beta1": 1, "beta2": 1, "seed": 2**32}
 
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError, naming the key, on a value that no run could use."""
-    kinds = {key: type(value) for key, value in default_config().items()}
-    for key, value in config.items():
-        if type(value) is not kinds[key]:
-            raise UserError(f"{key}={value!r} is not of type {kinds[key].__name__}")
+    for key, default in default_config().items():
+        value = config[key]
+        if type(value) is not type(default):
+            raise UserError(f"{key}={value!r} is not of type {type(default).__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{key}={value!r} is not one of {', '.join(CHOICES[key])}")
-        if key in AT_LEAST and value < AT_LEAST[key]:
-            raise UserError(f"{key}={value} must be at least {AT_LEAST[key]}")
         if key in BELOW and value >= BELOW[key]:
             raise UserError(f"{key}={value} must be below {BELOW[key]}")
-        if key.startswith("mesh_") and value < 1 and value != -1:
-            raise UserError(f"{key}={value} must be a number of devices, or -1 for what is left")
+        if key.startswith("mesh_"):
+            if value < 1 and value != -1:
+                raise UserError(f"{key}={value} must be a number of devices, or -1 for what is left")
+        elif isinstance(value, int | float) and value < (key in POSITIVE):
+            raise UserError(f"{key}={value} must be at least {int(key in POSITIVE)}")
     for key in ("n_layer", "n_head", "n_embd"):
         if config[key] < (config.init_from in ("scratch", "resume", "auto")):
             raise UserError(f"{key}={config[key]} must be at least 1, or 0 for that of the weights init_from names")
@@ -145,38 +143,37 @@ def load_preset(spec: str) -> ConfigDict:
     if not Path(path).is_file():
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none"
         raise UserError(f"no preset file {path}; those in configs/: {found}")
-    module_spec = importlib.util.spec_from_file_location("jaxgpt_preset", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"{path} is not a Python file; a preset is a .py file with get_config()")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        config = module.get_config(argument) if argument else module.get_config()
-    except PRESET_ERRORS as e:
-        raise UserError(f"{path}: {_explain(e)}") from None
+        get_config = runpy.run_path(path).get("get_config") if path.endswith(".py") else None
+        if get_config is None:
+            raise UserError(f"{path} is not a Python file (.py) with get_config(), as presets are")
+        config = get_config(argument) if argument else get_config()
+    except PRESET_ERRORS as error:
+        text = " ".join(str(error).split())
+        key = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
+        if key and key[1] not in default_config():
+            text = unknown_key(key[1])
+        raise UserError(f"{path}: {text}") from None
     if not isinstance(config, ConfigDict) or set(config) != set(default_config()):
         raise UserError(f"{path}: get_config() returned no config; make it with default_config(), change it, return it")
     return config
 
 
-def _explain(e: BaseException) -> str:
-    """One line for an exception of a preset, with the nearest right key where a key is wrong."""
-    text = " ".join(str(e).split())
-    key = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)
-    return unknown_key(key.group(1)) if key and key.group(1) not in default_config() else text
-
-
 def unknown_key(name: str) -> str:
     """The message for a key that does not exist."""
-    near = difflib.get_close_matches(name, default_config().keys(), n=1, cutoff=0.5)
-    return f"there is no key {name}" + (f"; did you mean {near[0]}?" if near else "; jaxgpt/config.py lists the keys")
+    return f"there is no key {name}{nearest(name, default_config()) or '; jaxgpt/config.py lists the keys'}"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What to say of the one of `words` that was probably meant."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise ValueError(text)
-    return values[text.lower()]
+    return text.lower() in ("true", "1", "yes")
 
 
 def integer(text: str) -> int:
@@ -201,10 +198,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(list(argv))
         for word in unknown:
             name = word.partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.5)
             if name.startswith("--config."):
                 raise UserError(unknown_key(name.removeprefix("--config.")))
-            raise UserError(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(f"unknown argument {name}{nearest(name, self._option_string_actions)}")
         return args
 
 
@@ -217,12 +213,10 @@ def parse_config(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argpa
     config = load_preset(first.config)
     keys = parser.add_argument_group("keys of the preset and their values")
     for key, value in config.items():
-        kind = {bool: boolean, int: integer}.get(type(value), type(value))
-        # a flag alone, `--config.bias`, means true
-        extra = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
-        keys.add_argument(
-            f"--config.{key}", dest=f"config.{key}", type=kind, default=value, metavar=type(value).__name__, **extra
-        )
+        how = {"type": {bool: boolean, int: integer}.get(type(value), type(value)), "metavar": type(value).__name__}
+        if isinstance(value, bool):  # a flag alone, `--config.bias`, means true
+            how |= {"nargs": "?", "const": True}
+        keys.add_argument(f"--config.{key}", dest=f"config.{key}", default=value, **how)
     args = parser.parse(argv)
     config.update({key: getattr(args, f"config.{key}") for key in config})
     validate(config)

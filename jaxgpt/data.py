@@ -6,6 +6,7 @@ first. `shuffle` reads every window of an epoch once. Its order is a keyed permu
 where it is needed and never stored, so it costs the same for 10^4 and for 10^11 tokens.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -14,11 +15,11 @@ import shutil
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -63,13 +64,13 @@ class Corpus:
         see `verify`); fewer tokens than a window of block_size + 1; a vocabulary larger than vocab_size.
         """
         folder = Path(data_dir)
-        # Without a meta, as nanoGPT leaves GPT-2's tokens.
+        # without a meta, as nanoGPT leaves GPT-2's tokens
         eot = GPT2_VOCAB_SIZE - 1 if vocab_size >= GPT2_VOCAB_SIZE else None
         meta = read_meta(folder) or Meta(min(vocab_size, GPT2_VOCAB_SIZE), eot=eot)
         single = folder / f"{split}.bin"
         found = [single] * single.exists() + sorted(folder.glob(f"{split}_*.bin"))
-        listed = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
-        paths = list(listed) or found
+        tokens = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
+        paths = list(tokens) or found
         if not paths:
             raise UserError(f"{single} does not exist; run its prepare.py, or set data_dir to a folder that holds it")
         if foreign := set(found) - set(paths):
@@ -81,7 +82,7 @@ class Corpus:
         width = np.dtype(meta.dtype).itemsize
         for path in paths:
             size = path.stat().st_size if path.is_file() else 0
-            if size == 0 or size % width or size != width * listed.get(path, size // width):
+            if size == 0 or size % width or size != width * tokens.get(path, size // width):
                 what = f"has {size:,} bytes, not {width} for each token" if size else "is missing or empty"
                 raise UserError(f"{path} {what}; it is truncated or damaged: run its prepare.py again")
         if meta.vocab_size > vocab_size:
@@ -105,23 +106,21 @@ class Corpus:
     def verify(self) -> None:
         """Reads all; UserError on a shard that differs from its digest in meta.json, or an id outside vocab_size."""
         digests = {shard["file"]: shard["sha256"] for shards in self.meta.shards.values() for shard in shards}
-        for path in [path for path in self.paths if path.name in digests]:
-            with open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != digests[path.name]:
+        for path, start, shard in zip(self.paths, self._starts, self._shards, strict=False):
+            if path.name in digests:
+                with open(path, "rb") as f:
+                    found = hashlib.file_digest(f, "sha256").hexdigest()
+                if found != digests[path.name]:
                     raise UserError(f"{path} was altered (its sha256 is not meta.json's); run its prepare.py again")
-        for start, shard in zip(self._starts, self._shards, strict=False):
             self.read(np.array([start + int(shard.argmax())]), 1)
 
     def facts(self) -> dict[str, str]:
         """What tells each file from another: its size, and a digest of 64 samples of 4 KiB from end to end."""
         found = {}
-        for path in self.paths:
-            size, digest = path.stat().st_size, hashlib.sha256()
-            with open(path, "rb") as file:
-                for i in range(64):
-                    file.seek(max(0, size - 4096) * i // 63)
-                    digest.update(file.read(4096))
-            found[path.name] = f"{size:,} bytes, digest {digest.hexdigest()[:16]}"
+        for path, file in zip(self.paths, self._maps, strict=True):
+            starts = [max(0, len(file) - 4096) * i // 63 for i in range(64)]
+            digest = hashlib.sha256(b"".join(file[start : start + 4096] for start in starts)).hexdigest()
+            found[path.name] = f"{len(file):,} bytes, digest {digest[:16]}"
         return found
 
     def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
@@ -130,28 +129,30 @@ class Corpus:
         UserError naming file and offset if an id is not below vocab_size.
         """
         rows = np.empty((len(starts), width), self.dtype)
-        shards = [bisect_right(self._starts, start) - 1 for start in starts.tolist()]
-        offsets = [start - self._starts[i] for i, start in zip(shards, starts.tolist(), strict=True)]
-        if ADVISE:
-            for i, offset in zip(shards, offsets, strict=True):
-                begin = offset * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-                end = (offset + width) * self.dtype.itemsize
-                self._maps[i].madvise(mmap.MADV_WILLNEED, begin, end - begin)
-        for row, i, offset in zip(rows, shards, offsets, strict=True):
+        places = [self._locate(start) for start in starts.tolist()]
+        for shard, offset in places if ADVISE else ():
+            begin = offset * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            end = (offset + width) * self.dtype.itemsize
+            self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, end - begin)
+        for row, (shard, offset) in zip(rows, places, strict=True):
             done = 0
             while done < width:
-                piece = self._shards[i][offset : offset + width - done]
+                piece = self._shards[shard][offset : offset + width - done]
                 row[done : done + len(piece)] = piece
-                done, i, offset = done + len(piece), i + 1, 0
+                done, shard, offset = done + len(piece), shard + 1, 0
         if rows.size and rows.max() >= self.vocab_size:
             r, column = np.argwhere(rows >= self.vocab_size)[0].tolist()
-            position = int(starts[r]) + column
-            i = bisect_right(self._starts, position) - 1
+            shard, offset = self._locate(int(starts[r]) + column)
             raise UserError(
-                f"{self.paths[i]}: token {position - self._starts[i]:,} is {rows[r, column]}, outside the vocabulary "
+                f"{self.paths[shard]}: token {offset:,} is {rows[r, column]}, outside the vocabulary "
                 f"of {self.vocab_size:,}; prepare the corpus with the model's tokenizer"
             )
         return rows
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """The shard with this token of the corpus, and the token's offset in it."""
+        shard = bisect_right(self._starts, position) - 1
+        return shard, position - self._starts[shard]
 
 
 def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
@@ -165,19 +166,14 @@ def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
             mixture.append((name, Fraction(weight)))
         except (ValueError, ZeroDivisionError):
             raise UserError(f"dataset={dataset}: {part!r} is not NAME:WEIGHT; write for example a:0.7,b:0.3") from None
-    if len({name for name, _ in mixture} - {""}) < len(mixture):
+    names, weights = zip(*mixture, strict=True)
+    if len({*names} - {""}) < len(names):
         raise UserError(f"dataset={dataset}: name each corpus once; write for example a:0.7,b:0.3")
-    check_weights([weight for _, weight in mixture])
-    return mixture
-
-
-def check_weights(weights: Sequence[Fraction]) -> None:
-    """UserError unless they are positive and sum to exactly 1."""
     if min(weights) <= 0 or sum(weights) != 1:
-        shown = ", ".join(f"{float(w):g}" for w in weights)
         raise UserError(
-            f"the corpora's weights ({shown}) sum to {float(sum(weights)):g}; make them positive and sum to 1"
+            f"dataset={dataset}: the weights sum to {float(sum(weights)):g}; make them positive and sum to 1"
         )
+    return mixture
 
 
 class Batches:
@@ -187,30 +183,27 @@ class Batches:
     of seed and epoch), so that other tokens share a window each time; less than two windows at the ends are left out.
     order "random": nanoGPT's sampling with replacement, at any offset.
 
-    Of several corpora, every P samples (P: the common denominator of the weights) hold each exactly weight · P times,
-    in shuffled order, and each corpus counts its own epochs. Corpora of different tokenizers are a UserError.
+    weights: of several corpora, summing to 1. Every P samples (P: their common denominator) hold each corpus exactly
+    weight · P times, in shuffled order, and each counts its own epochs. UserError if their tokenizers differ.
     """
 
     def __init__(
         self,
         corpora: Corpus | Sequence[Corpus],
-        weights: Sequence[Fraction | float | str] = (1,),
+        weights: Sequence[Fraction | str | int] = (1,),
         *,
         seed: int,
         rows: int,
         block_size: int,
         order: str = "shuffle",
     ):
-        if order not in ("shuffle", "random"):
-            raise UserError(f"data_order={order} is not one of shuffle, random")
         self.corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
         self.rows, self.block_size, self.order = rows, block_size, order
         for corpus in self.corpora[1:]:
             if corpus.meta.identity != self.corpora[0].meta.identity:
                 folders = f"{self.corpora[0].paths[0].parent} and {corpus.paths[0].parent}"
                 raise UserError(f"{folders} have different tokenizers; prepare the corpora of a mixture with one")
-        shares = [Fraction(str(weight)) for weight in weights]
-        check_weights(shares)
+        shares = [Fraction(weight) for weight in weights]
         self._period = math.lcm(*(share.denominator for share in shares))
         self._bounds = np.cumsum([0] + [int(share * self._period) for share in shares]).astype(U64)
         self._seed = _mix(np.array([seed % (1 << 64)], U64))
@@ -278,9 +271,7 @@ def place(
     batches: Batches, step: int, *, steps: int = 1, micro_steps: int, sharding: jax.sharding.Sharding
 ) -> Integer[jax.Array, "K A B T1"]:
     """The rows of K=steps steps from `step` on, each as A=micro_steps of B rows; a process reads only its own rows."""
-    per_micro, rest = divmod(batches.rows, micro_steps)
-    if rest:
-        raise UserError(f"{batches.rows} rows a step do not divide into {micro_steps} micro-steps; change one of them")
+    per_micro = batches.rows // micro_steps
 
     def read(index) -> np.ndarray:  # index: the slices of one device's part
         lo, hi, _ = index[2].indices(per_micro)
@@ -308,28 +299,26 @@ class RunData:
             raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
         self.folders = {name: Path(config.data_dir or f"data/{name}") for name, _ in mixture}
         metas = [read_meta(folder) for folder in self.folders.values()]
-        vocab_size = vocab_size or max(m.vocab_size if m else GPT2_VOCAB_SIZE for m in metas)
-
-        def corpora(split: str) -> list[Corpus]:
-            sizes = {"block_size": config.block_size, "vocab_size": vocab_size}
-            return [Corpus.open(folder, split, **sizes) for folder in self.folders.values()]
-
-        train, val = corpora("train"), corpora("val")
-        self.meta, self.vocab_size = train[0].meta, vocab_size
-        self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+        self.vocab_size = vocab_size or max(m.vocab_size if m else GPT2_VOCAB_SIZE for m in metas)
+        opened = {"block_size": config.block_size, "vocab_size": self.vocab_size}
+        train, val = (
+            [Corpus.open(folder, split, **opened) for folder in self.folders.values()] for split in ("train", "val")
+        )
+        self.meta = train[0].meta
+        weights = [weight for _, weight in mixture]
+        size, rows = config.block_size, config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = rows * size
+        self.train = Batches(train, weights, seed=config.seed, rows=rows, block_size=size, order=config.data_order)
         self._sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
         # batches in one call of an evaluation: between calls it can be stopped
         self._eval_micro_steps = max(n for n in range(1, 11) if config.eval_iters % n == 0)
         self._eval_calls = config.eval_iters // self._eval_micro_steps
-        weights = [weight for _, weight in mixture]
-        sizes = {"seed": config.seed, "block_size": config.block_size}
-        rows = config.batch_size * config.gradient_accumulation_steps
-        self.train = Batches(train, weights, rows=rows, order=config.data_order, **sizes)
         # the same windows at every evaluation, none of them from the training stream
-        sizes.update(seed=config.seed + 1, rows=self._eval_micro_steps * config.batch_size * shards, order="random")
-        self._eval = {"train": Batches(train, weights, **sizes), "val": Batches(val, weights, **sizes)}
+        rows = self._eval_micro_steps * config.batch_size * shards
+        drawn = {"seed": config.seed + 1, "rows": rows, "block_size": size, "order": "random"}
+        self._eval = {"train": Batches(train, weights, **drawn), "val": Batches(val, weights, **drawn)}
         if len(mixture) > 1:
-            self._eval |= {f"val_{name}": Batches(c, **sizes) for name, c in zip(self.folders, val, strict=True)}
+            self._eval |= {f"val_{name}": Batches(c, **drawn) for name, c in zip(self.folders, val, strict=True)}
 
     def batch(self, step: int, steps: int = 1) -> Integer[jax.Array, "K A B T1"]:
         """The training batches of K=steps optimizer steps from `step` on."""
@@ -340,62 +329,48 @@ class RunData:
         shape = (steps, self.micro_steps, self.train.rows // self.micro_steps, self.train.block_size + 1)
         return jax.ShapeDtypeStruct(shape, self.train.dtype, sharding=self._sharding)
 
+    def eval_batches(self) -> dict[str, list[Integer[jax.Array, "1 A B T1"]]]:
+        """For each split the eval_iters batches of its estimate, A=10 or a few less in an array; of a mixture, each
+        validation corpus alone as well."""
+        how = {"micro_steps": self._eval_micro_steps, "sharding": self._sharding}
+        calls = range(self._eval_calls)
+        return {split: [place(batches, n, **how) for n in calls] for split, batches in self._eval.items()}
+
     def facts(self) -> dict[str, str]:
         """What tells these corpora from others, file by file."""
-        of = {split: zip(self.folders, self._eval[split].corpora, strict=True) for split in ("train", "val")}
-        pairs = [pair for split in of.values() for pair in split]
-        return {f"{name}/{file}": fact for name, corpus in pairs for file, fact in corpus.facts().items()}
+        corpora = [zip(self.folders, self._eval[split].corpora, strict=True) for split in ("train", "val")]
+        return {f"{name}/{file}": fact for name, corpus in chain(*corpora) for file, fact in corpus.facts().items()}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.meta, self.train.corpora[0].paths[0].parent)
+        return load_tokenizer(self.meta, next(iter(self.folders.values())))
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer's files into a run's folder."""
-        source = self.train.corpora[0].paths[0].parent / self.meta.tokenizer
+        source = next(iter(self.folders.values())) / self.meta.tokenizer
         if source.is_file():
             shutil.copyfile(source, folder / self.meta.tokenizer)
         write_meta(folder, dataclasses.replace(self.meta, vocab_size=self.vocab_size, shards={}))
 
-    def eval_batches(self) -> dict[str, list[Integer[jax.Array, "1 A B T1"]]]:
-        """For each split the eval_iters batches of its estimate, A=10 or a few less in an array; of a mixture, each
-        validation corpus alone as well."""
 
-        def batch(batches: Batches, call: int) -> jax.Array:
-            return place(batches, call, micro_steps=self._eval_micro_steps, sharding=self._sharding)
+@contextlib.contextmanager
+def prefetch(batch_at: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[Iterator[tuple[int, T]]]:
+    """Gives an iterator over (step, batch_at(step)) for start ≤ step < stop; a thread works `depth` batches ahead.
 
-        return {split: [batch(b, call) for call in range(self._eval_calls)] for split, b in self._eval.items()}
-
-
-class prefetch(Generic[T]):
-    """Iterates over (step, batch_at(step)) for start ≤ step < stop; a thread works up to `depth` batches ahead.
-
-    What batch_at raises comes out of `next`. Use it in a `with`, or close it: that waits for the thread.
+    What batch_at raises comes out of `next`. The end of the `with` waits for the thread.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        jobs = ((step, pool.submit(batch_at, step)) for step in range(start, stop))
+        ahead = deque(islice(jobs, depth))
 
-    def __init__(self, batch_at: Callable[[int], T], start: int, stop: int, depth: int = 2):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._jobs: Iterator[tuple[int, Future[T]]] = ((n, self._pool.submit(batch_at, n)) for n in range(start, stop))
-        self._ahead = deque(islice(self._jobs, depth))
+        def batches() -> Iterator[tuple[int, T]]:
+            while ahead:
+                step, future = ahead.popleft()
+                batch = future.result()
+                ahead.extend(islice(jobs, 1))
+                yield step, batch
 
-    def __iter__(self) -> "prefetch[T]":
-        return self
-
-    def __next__(self) -> tuple[int, T]:
-        if not self._ahead:
-            raise StopIteration
-        step, future = self._ahead.popleft()
-        batch = future.result()
-        self._ahead.extend(islice(self._jobs, 1))
-        return step, batch
-
-    def close(self) -> None:
-        self._ahead.clear()
-        self._jobs = iter(())
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "prefetch[T]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            yield batches()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,11 +35,6 @@ def dry_run(
     """
     if jax.distributed.is_initialized():
         raise UserError("dry_run describes all devices by itself; run it in one process")
-    sizes: list[Any] = [config[f"mesh_{axis}"] for axis in AXES]
-    devices = devices or (0 if -1 in sizes else math.prod(sizes))
-    described = 0 < devices != count_gpus()
-    found = describe_devices(devices) if described else jax.devices()
-    alone = make_mesh(1, 1, 1, devices=found[:1])
     problems: list[str] = []
 
     def attempt(f: Callable[[], Any]) -> Any:
@@ -49,23 +43,26 @@ def dry_run(
         except UserError as error:
             problems.append(str(error))
 
+    sizes: list[Any] = [config[f"mesh_{axis}"] for axis in AXES]
+    devices = devices or (0 if -1 in sizes else math.prod(sizes))
+    described = 0 < devices != count_gpus()
+    found = describe_devices(devices) if described else jax.devices()
     for check in checks:
         attempt(check)
     mesh = attempt(lambda: make_mesh(*sizes, devices=found))
-    starts_fresh = config.init_from in ("scratch", "auto", "resume")
-    weights = None if starts_fresh else attempt(lambda: open_weights(config, mesh or alone))
-    shards = data_shards(mesh or alone)
-    micro_steps, rest = divmod(config.gradient_accumulation_steps, shards)
-    fitting = config.copy_and_resolve_references()  # a value that will not do must not hide what else is wrong
-    fitting.gradient_accumulation_steps = max(1, micro_steps) * shards
-    if rest:
-        attempt(lambda: RunData(config, mesh or alone))
-    data = attempt(lambda: RunData(fitting, mesh or alone, weights and weights.meta.vocab_size))
+    where = mesh or make_mesh(1, 1, 1, devices=found[:1])  # a value that will not do must not hide what else is wrong
+    fresh = config.init_from in ("scratch", "auto", "resume")
+    weights = None if fresh else attempt(lambda: open_weights(config, where))
+    fitting, shards = config.copy_and_resolve_references(), data_shards(where)
+    fitting.gradient_accumulation_steps = max(1, config.gradient_accumulation_steps // shards) * shards
+    if fitting.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        attempt(lambda: RunData(config, where))
+    data = attempt(lambda: RunData(fitting, where, weights and weights.meta.vocab_size))
     if described and config.dtype == "auto":
         fitting.dtype = "bfloat16"
     vocab_size = data.vocab_size if data else weights.meta.vocab_size if weights else GPT2_VOCAB_SIZE
     eot = data.meta.eot if data else GPT2_VOCAB_SIZE - 1
-    model_config = attempt(lambda: make_model_config(fitting, vocab_size, mesh or alone, eot))
+    model_config = attempt(lambda: make_model_config(fitting, vocab_size, where, eot))
     state = mesh and model_config and attempt(lambda: abstract_state(fitting, model_config, mesh))
     if state:
         print("\n".join(report(fitting, model_config, mesh, state, described)))
@@ -139,65 +136,44 @@ def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh | Abstrac
     return activations + size * n_params / tensor + (sums if several else 0)
 
 
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
+
+
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """Of a compiled program's text: kind of collective -> how often it runs, and bytes in all.
 
     Bytes are those of the larger side on one device: the whole array, which an all-gather makes and a reduce-scatter
     takes. Bodies of loops count as often as the compiler knows them to run.
     """
-    found: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for times, kind, size in _runs(hlo):
-        found[kind] += times
-        sizes[kind] += times * size
-    return {kind: (found[kind], sizes[kind]) for kind in found}
-
-
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
-DTYPE_BYTES = {"pred": 1, "c64": 8, "c128": 16}
-
-
-def _runs(hlo: str) -> list[tuple[int, str, int]]:
-    """(times, kind, bytes) of each collective."""
-    computations: dict[str, list[str]] = {}
-    entry = body = ""
+    computations: dict[str, list[re.Match]] = {}
     for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            body = header[2]
-            computations[body] = []
-            entry = body if header[1] else entry
-        elif body:
-            computations[body].append(line)
+        if header := re.match(r"(ENTRY|%?[\w.\-]+) .*\{$", line):
+            computation = computations[header[1].lstrip("%")] = []
+        elif instruction := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line):
+            computation.append(instruction)
+    found: dict[str, tuple[int, int]] = {}
 
-    def walk(name: str, times: int) -> list[tuple[int, str, int]]:
-        runs, size_of = [], {}
-        for line in computations[name]:
-            match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
-            if not match:
-                continue
-            result, shape, operation, rest = match.groups()
+    def count(computation: str, times: int) -> None:
+        size_of = {}
+        for instruction in computations.get(computation, ()):
+            result, shape, operation, rest = instruction.groups()
             size_of[result] = _bytes(shape)
             if kind := re.fullmatch(rf"({KINDS})(-start)?", operation):
                 operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
                 taken = sum(size_of.get(x, 0) for x in operands)
                 made = size_of[result] - (taken if kind[2] else 0)  # -start also holds its operands
-                runs.append((times, kind[1], max(taken, made)))
-            loops = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-            inner = times * int(loops[1]) if operation == "while" and loops else times
-            called = re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
-            branches = re.findall(r"branch_computations=\{(.*?)\}", rest)
-            called += re.findall(r"%?([\w.\-]+)", " ".join(branches))
-            for other in called if operation != "all-reduce" else ():
-                runs += walk(other, inner) if other in computations else []
-        return runs
+                calls, size = found.get(kind[1], (0, 0))
+                found[kind[1]] = calls + times, size + times * max(taken, made)
+            loop = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+            called = re.findall(r"(?:body|calls|to_apply|\w+_computations?)=(\{.*?\}|[^ ,]+)", rest)
+            for name in re.findall(r"[\w.\-]+", " ".join(called)):
+                count(name, times * int(loop[1]) if loop else times)
 
-    return walk(entry, 1)
+    count("ENTRY", 1)
+    return found
 
 
 def _bytes(shape: str) -> int:
     """Of `f32[8,16]{1,0}` or a tuple of such."""
-    total = 0
-    for dtype, dims in re.findall(r"\b([a-z]+\d*)[a-z0-9]*\[([\d,]*)\]", shape):
-        width = DTYPE_BYTES.get(dtype) or max(1, int(re.sub(r"\D", "", dtype) or 8) // 8)
-        total += width * math.prod(int(d) for d in dims.split(",") if d)
-    return total
+    arrays = re.findall(r"\b[a-z]+(\d*)[a-z0-9]*\[([\d,]*)\]", shape)
+    return sum(max(1, int(bits or 8) // 8) * math.prod(int(n) for n in dims.split(",") if n) for bits, dims in arrays)

@@ -3,15 +3,14 @@
 `python -m jaxgpt.evaluate --out_dir=out --tasks=val,hellaswag=FILE` or `--init_from=gpt2 --data_dir=data/openwebtext`.
 """
 
+import dataclasses
 import functools
 import gzip
 import json
 import math
 import re
-import sys
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,35 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import tree_map_with_path
 from jaxtyping import Array, Bool, Float, Int, Integer
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxgpt import UserError, hf
+from jaxgpt import UserError, hf, optional
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.config import GPT2_SIZES, Parser, default_config, read_config, run_main
+from jaxgpt.config import CHOICES, GPT2_SIZES, Parser, default_config, read_config, run_main
 from jaxgpt.data import Corpus
 from jaxgpt.model import GPTConfig, Params, abstract_params, bind
-from jaxgpt.sharding import (
-    BATCH_AXES,
-    configure_jax,
-    data_shards,
-    make_mesh,
-    tree_shardings,
-    with_whole_params,
-)
+from jaxgpt.processes import Processes
+from jaxgpt.sharding import BATCH_AXES, configure_jax, data_shards, make_mesh, tree_shardings, with_whole_params
 from jaxgpt.step import make_model_config
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, load_tokenizer, read_meta
 
 # --- opening a model ---
 
-
-def is_run(folder: Path) -> bool:
-    """Whether config.json there is a run's. One of Hugging Face has a model_type."""
-    path = folder / "config.json"
-    return path.is_file() and "model_type" not in hf.read_json(path)
+Which = Literal["best", "latest"] | int  # a checkpoint of a run
 
 
+@dataclasses.dataclass
 class OpenedModel:
     """A model to use: its shape is known; parameters and tokenizer are loaded when first asked for.
 
@@ -56,34 +47,15 @@ class OpenedModel:
     """
 
     source: str  # the name or folder it came from
-    config: GPTConfig
+    folder: Path
+    meta: Meta  # of its tokenizer
     run_config: ConfigDict  # a run's, or the defaults with the shape of a Hugging Face model
-    meta: Meta
-    step: int | None = None  # of a run's checkpoint, once `params` have been read; likewise its info
-
-    def __init__(
-        self, source: str, *, mesh: Mesh, dtype: str, which: str | int, param_dtype: str | None, block_size: int | None
-    ):
-        self.source, self.mesh, self.which, self.info = source, mesh, which, {}
-        self.weights: hf.Weights | None = None
-        if source in GPT2_SIZES or not is_run(Path(source)):
-            self.weights = hf.open_weights(source)
-            self.folder, self.meta, run = self.weights.folder, self.weights.meta, default_config()
-            run.update({key: value for key, value in self.weights.fields.items() if key in run})
-        else:
-            self.folder, run = Path(source), read_config(Path(source))
-            self.meta = read_meta(self.folder) or Meta(GPT2_VOCAB_SIZE, eot=GPT2_VOCAB_SIZE - 1)
-        self.run_config = run.copy_and_resolve_references()
-        # what the run's own machine decided does not bind this one
-        run.update(dtype=dtype, attention="auto", kernels="auto", remat="none")
-        self._stored = make_model_config(run, self.meta.vocab_size, mesh, self.meta.eot)
-        if block_size is not None:
-            if block_size > self._stored.block_size:
-                limit = self._stored.block_size
-                raise UserError(f"block_size={block_size} is more than the {limit} positions of {source}; lower it")
-            run.block_size = block_size
-        self.config = make_model_config(run, self.meta.vocab_size, mesh, self.meta.eot)
-        self._param_dtype = param_dtype or self.config.dtype
+    config: GPTConfig
+    weights: hf.Weights | None  # of a Hugging Face model; a run has none
+    mesh: Mesh
+    which: Which
+    param_dtype: str
+    step: int | None = None  # of a run's checkpoint, once `params` have been read
 
     def adopt(self, config: ConfigDict) -> None:
         """Fits the config of a run that starts from these weights: sizes that are 0 there become the weights'.
@@ -102,9 +74,8 @@ class OpenedModel:
         """UserError unless the corpus has the model's vocabulary, of which the model may have padded the size."""
         ours, theirs = self.meta, meta
         padded = -(-theirs.vocab_size // 128) * 128
-        if not theirs.vocab_size <= ours.vocab_size <= padded or (
-            ours.itos and theirs.itos and ours.itos != theirs.itos
-        ):
+        other_characters = ours.itos and theirs.itos and ours.itos != theirs.itos
+        if other_characters or not theirs.vocab_size <= ours.vocab_size <= padded:
             raise UserError(
                 f"the corpus has a vocabulary of {theirs.vocab_size:,} ({theirs.tokenizer}), {self.source} another of "
                 f"{ours.vocab_size:,} ({ours.tokenizer}); prepare the corpus with the model's tokenizer"
@@ -120,20 +91,15 @@ class OpenedModel:
         """The parameters on the mesh, in param_dtype but for those of layer norms, which compute in float32."""
 
         def dtype_of(path, x) -> jnp.dtype:
-            return x.dtype if "ln_" in jax.tree_util.keystr(path) else jnp.dtype(self._param_dtype)
+            return x.dtype if "ln_" in jax.tree_util.keystr(path) else jnp.dtype(self.param_dtype)
 
-        def described(config: GPTConfig, dtype: Callable) -> Params:
-            shapes = abstract_params(config)
-            shardings = tree_shardings(shapes, self.mesh)
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x, s: jax.ShapeDtypeStruct(x.shape, dtype(path, x), sharding=s), shapes, shardings
-            )
-
-        if self.weights is not None:
-            return self.weights.params(described(self.config, dtype_of))
-        abstract = {"params": described(self._stored, lambda _, x: x.dtype)}
-        state, self.info, self.step = Checkpoints(self.folder).restore(abstract, self.which)  # type: ignore[arg-type]
-        params = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype_of(path, x)), state["params"])
+        stored = dataclasses.replace(self.config, block_size=self.run_config.block_size)
+        shapes = abstract_params(self.config if self.weights else stored)
+        shapes = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, tree_shardings(shapes, self.mesh))
+        if self.weights:
+            return self.weights.params(tree_map_with_path(lambda path, x: x.update(dtype=dtype_of(path, x)), shapes))
+        state, _, self.step = Checkpoints(self.folder).restore({"params": shapes}, self.which)
+        params = tree_map_with_path(lambda path, x: x.astype(dtype_of(path, x)), state["params"])
         params["wpe"]["embedding"] = params["wpe"]["embedding"][: self.config.block_size]
         return params
 
@@ -144,7 +110,7 @@ def open_model(
     *,
     mesh: Mesh,
     dtype: str = "auto",
-    which: Literal["best", "latest"] | int = "best",
+    which: Which = "best",
     param_dtype: str | None = None,
     block_size: int | None = None,
 ) -> OpenedModel:
@@ -157,10 +123,33 @@ def open_model(
     if (not out_dir) == (not init_from):
         raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
     source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
-    return OpenedModel(source, mesh=mesh, dtype=dtype, which=which, param_dtype=param_dtype, block_size=block_size)
+    folder = Path(source)
+    has_config = source not in GPT2_SIZES and (folder / "config.json").is_file()
+    if has_config and "model_type" not in hf.read_json(folder / "config.json"):
+        weights, run = None, read_config(folder)
+        meta = read_meta(folder) or Meta(GPT2_VOCAB_SIZE, eot=GPT2_VOCAB_SIZE - 1)
+    else:
+        weights, run = hf.open_weights(source), default_config()
+        folder, meta = weights.folder, weights.meta
+        run.update({key: value for key, value in weights.fields.items() if key in run})
+    block_size = run.block_size if block_size is None else block_size
+    if block_size > run.block_size:
+        raise UserError(f"block_size={block_size} is more than the {run.block_size} positions of {source}; lower it")
+    here = run.copy_and_resolve_references()  # what the run's own machine decided does not bind this one
+    here.update(dtype=dtype, matmul_dtype="auto", attention="auto", kernels="auto", remat="none", block_size=block_size)
+    config = make_model_config(here, meta.vocab_size, mesh, meta.eot)
+    return OpenedModel(source, folder, meta, run, config, weights, mesh, which, param_dtype or config.dtype)
 
 
-def which_checkpoint(text: str) -> Literal["best", "latest"] | int:
+def add_model_arguments(parser: Parser) -> None:
+    """The arguments that name a model for open_model."""
+    parser.add_argument("--out_dir", help="folder of a run")
+    parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    parser.add_argument("--checkpoint", type=which_checkpoint, default="best", help="of a run: best, latest or a step")
+    parser.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
+
+
+def which_checkpoint(text: str) -> Which:
     """best, latest or a step. UserError on anything else."""
     if text == "best" or text == "latest":
         return text
@@ -182,9 +171,9 @@ class Row(NamedTuple):
 class Scores(NamedTuple):
     """Of each row: the sum of its scored tokens' losses in nats, their number, and whether each was the likeliest."""
 
-    loss: Float[np.ndarray, " rows"]
-    count: Int[np.ndarray, " rows"]
-    greedy: Bool[np.ndarray, " rows"]
+    loss: Float[np.ndarray | Array, " rows"]
+    count: Int[np.ndarray | Array, " rows"]
+    greedy: Bool[np.ndarray | Array, " rows"]
 
 
 class Scorer:
@@ -197,61 +186,58 @@ class Scorer:
     MIN_LENGTH = 32  # lengths are this, doubled up to block_size: six of them for 1,024
 
     def __init__(self, config: GPTConfig, mesh: Mesh, tokens_per_device: int | None = None):
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.sharding = config, mesh, NamedSharding(mesh, P(BATCH_AXES))
         cpu = mesh.devices.flat[0].platform == "cpu"
         self.tokens_per_device = tokens_per_device or (4096 if cpu else 65536)
-        self.sharding = NamedSharding(mesh, P(BATCH_AXES, None))
-        score = functools.partial(score_tokens, config)
-        score = with_whole_params(score, mesh, config.dtype, P(BATCH_AXES, None), P(BATCH_AXES, None))
+
+        def score(params: Params, batch: tuple[Int[Array, "B T1"], Bool[Array, "B T"]]) -> Scores:
+            tokens, scored = batch
+            losses, likeliest = score_tokens(config, params, tokens)
+            return Scores(jnp.where(scored, losses, 0).sum(1), scored.sum(1), (likeliest | ~scored).all(1))
+
+        score = with_whole_params(score, mesh, config.dtype, P(BATCH_AXES), P(BATCH_AXES))
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
     def __call__(
         self, params: Params, rows: Sequence[Row], *, label: str = "", check: Callable[[], None] = lambda: None
     ) -> Scores:
         """label: of a progress bar, where there is a terminal; none if empty. check: called before each batch."""
-        scores = Scores(np.zeros(len(rows)), np.zeros(len(rows), np.int64), np.zeros(len(rows), bool))
+        batches, results = self._batches(rows), []
         hidden = True if not label or jax.process_index() else None  # None: shown on a terminal
-        with tqdm(total=len(rows), desc=label, disable=hidden, file=sys.stderr, dynamic_ncols=True) as bar:
-            running = deque()
-            for indices, length, batch in self._batches(rows):
-                check()
-                tokens = jax.make_array_from_callback(batch.shape, self.sharding, batch.__getitem__)
-                running.append((indices, length, self._score(params, tokens)))
-                if len(running) == 2:  # the host reads one batch while the device computes the next
-                    bar.update(self._collect(scores, rows, *running.popleft()))
-            while running:
-                bar.update(self._collect(scores, rows, *running.popleft()))
+        for indices, size, length in tqdm(batches, desc=label, disable=hidden, dynamic_ncols=True):
+            check()
+            results.append(self._score(params, self._padded([rows[i] for i in indices], size, length)))
+            jax.block_until_ready(results[-2:-1])  # the host prepares one batch while the device computes another
+        scores = Scores(np.zeros(len(rows)), np.zeros(len(rows), int), np.zeros(len(rows), bool))
+        for (indices, _, _), result in zip(batches, jax.device_get(results), strict=True):
+            for of_all, of_batch in zip(scores, result, strict=True):
+                of_all[indices] = of_batch[: len(indices)]
         return scores
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], int, Int[np.ndarray, "B T1"]]]:
-        """Batches of padded rows of similar length, with these rows' indices."""
-        lengths = [min(len(row.tokens) - 1, self.config.block_size) for row in rows]
+    def _batches(self, rows: Sequence[Row]) -> list[tuple[list[int], int, int]]:
+        """Indices of up to `size` rows of similar length, `size`, and the length that they are padded to."""
         of_length: dict[int, list[int]] = {}
-        for i, n in enumerate(lengths):
-            padded = max(self.MIN_LENGTH, 1 << (n - 1).bit_length())
+        for i, row in enumerate(rows):
+            padded = max(self.MIN_LENGTH, 1 << (len(row.tokens) - 2).bit_length())
             of_length.setdefault(min(padded, self.config.block_size), []).append(i)
+        batches = []
         for length, members in sorted(of_length.items(), reverse=True):  # the one that needs most memory first
             # few rows are spread over up to 8 devices; how many there are must not matter here
             per_device = max(1, min(self.tokens_per_device // length, -(-len(members) // 8)))
             size = per_device * data_shards(self.mesh)
-            for start in range(0, len(members), size):
-                indices = members[start : start + size]
-                batch = np.zeros((size, length + 1), np.int32)
-                for line, i in zip(batch, indices, strict=False):
-                    line[: lengths[i] + 1] = rows[i].tokens[-lengths[i] - 1 :]
-                yield indices, length, batch
+            batches += [(members[start : start + size], size, length) for start in range(0, len(members), size)]
+        return batches
 
-    @staticmethod
-    def _collect(scores: Scores, rows: Sequence[Row], indices: list[int], length: int, result) -> int:
-        losses, likeliest = (np.asarray(x) for x in result)
-        for line, i in enumerate(indices):
-            n = len(rows[i].tokens)
-            cut = max(0, n - length - 1)
-            scored = slice(max(rows[i].first - cut, 1) - 1, n - cut - 1)
-            scores.loss[i] = losses[line, scored].sum(dtype=np.float64)
-            scores.count[i] = scored.stop - scored.start
-            scores.greedy[i] = likeliest[line, scored].all()
-        return len(indices)
+    def _padded(self, rows: Sequence[Row], size: int, length: int) -> tuple[Int[Array, "B T1"], Bool[Array, "B T"]]:
+        """The rows' tokens on the devices, and which of all but the first are scored."""
+        tokens, scored = np.zeros((size, length + 1), np.int32), np.zeros((size, length), bool)
+        for i, row in enumerate(rows):
+            kept = row.tokens[-length - 1 :]
+            first = row.first - (len(row.tokens) - len(kept))
+            tokens[i, : len(kept)] = kept
+            scored[i, max(first, 1) - 1 : len(kept) - 1] = True
+        x, y = (jax.make_array_from_callback(x.shape, self.sharding, x.__getitem__) for x in (tokens, scored))
+        return x, y
 
 
 LOGITS_AT_ONCE = 2**28  # a float32 GiB
@@ -267,19 +253,17 @@ def score_tokens(
     model = bind(config, params)
     b, t = tokens.shape[0], tokens.shape[1] - 1
     x, _ = model.hidden(tokens[:, :-1])
-    fitting = max(1, LOGITS_AT_ONCE // (b * config.padded_vocab_size))
-    parts = next(n for n in range(1, t + 1) if t % n == 0 and t // n <= fitting)
 
-    def part(of):
-        logits = model.logits(of[0])
-        at_target = jnp.take_along_axis(logits, of[1][..., None], axis=-1)[..., 0]
+    def at_step(inputs):  # hidden states (B, C) and targets (B,)
+        logits = model.logits(inputs[0])
+        at_target = jnp.take_along_axis(logits, inputs[1][:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - at_target, at_target >= logits.max(axis=-1)
 
-    def split(y):  # (B, T, …) -> (parts, B, T/parts, …)
-        return y.reshape(b, parts, t // parts, *y.shape[2:]).swapaxes(0, 1)
-
-    results = jax.lax.map(part, (split(x.reshape(b, t, -1)), split(tokens[:, 1:])))
-    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(b, t), results)
+    steps = max(1, LOGITS_AT_ONCE // (b * config.padded_vocab_size))
+    losses, likeliest = jax.lax.map(
+        at_step, (x.reshape(b, t, -1).swapaxes(0, 1), tokens[:, 1:].T), batch_size=min(steps, t)
+    )
+    return losses.T, likeliest.T
 
 
 # --- tasks ---
@@ -308,9 +292,8 @@ class Task(NamedTuple):
 
 def validation(corpus: Corpus, block_size: int) -> Task:
     """Every token of the split but the first, in windows of block_size laid end to end; each token weighs the same."""
-    starts = np.arange(0, len(corpus) - 1, block_size)
-    widths = np.minimum(block_size + 1, len(corpus) - starts)
-    rows = [Row(corpus.read(starts[i : i + 1], int(widths[i]))[0], 1) for i in range(len(starts))]
+    starts = range(0, len(corpus) - 1, block_size)
+    rows = [Row(corpus.read(np.array([i]), min(block_size + 1, len(corpus) - i))[0], 1) for i in starts]
 
     def summarize(scores: Scores) -> dict[str, float]:
         loss = math.fsum(scores.loss) / int(scores.count.sum())
@@ -372,11 +355,12 @@ SUITES = {
 
 def parse_tasks(text: str, also: Sequence[str] = ()) -> dict[str, str]:
     """{name: file or ""} of `hellaswag=FILE,lambada`. UserError on a name that is neither a suite's nor in `also`."""
-    words = [word.strip().partition("=") for word in text.split(",") if word.strip()]
-    tasks = {name: file for name, _, file in words}
-    names = (*also, *SUITES)
-    if unknown := [name for name in tasks if name not in names]:
-        raise UserError(f"there is no task {unknown[0]!r}; choose of {', '.join(names)}")
+    tasks, names = {}, (*also, *SUITES)
+    for word in [word.strip() for word in text.split(",") if word.strip()]:
+        name, _, file = word.partition("=")
+        if name not in names:
+            raise UserError(f"there is no task {name!r}; choose of {', '.join(names)}")
+        tasks[name] = file
     return tasks
 
 
@@ -386,42 +370,42 @@ def load_task(name: str, file: str, tokenizer: Tokenizer) -> Task:
     UserError: no such file, a line of it that is no item, no data set to be had.
     """
     parse, metrics, hub = SUITES[name]
-    items = []
-    for number, record in enumerate(_read_records(Path(file)) if file else _fetch(*hub), start=1):
+    items, rows = [], []
+    for number, record in enumerate(_records(file, *hub), start=1):
         try:
-            items.append(parse(record))
+            items.append(item := parse(record))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file or hub[0]}: item {number} is none of {name}'s ({error!r})") from None
-    if not items:
-        raise UserError(f"{file or hub[0]} holds no items; fetch it again")
-    rows = []
-    for item in items:
         shared = len(tokenizer.encode(item.context))
         for ending in item.endings:  # encoded with its context, as the tokenizer would meet it
             tokens = tokenizer.encode(f"{item.context} {ending}")
             rows.append(Row(np.array(tokens, np.int32), max(1, min(shared, len(tokens) - 1))))
+    if not items:
+        raise UserError(f"{file or hub[0]} holds no items; fetch it again")
     return Task(name, rows, functools.partial(metrics, items))
 
 
-def _read_records(path: Path) -> list[Any]:
+def _records(file: str, dataset: str, subset: str | None, split: str) -> list[Any]:
+    """Those of a local file or, without one, of a data set of the hub."""
     try:
-        content = path.read_bytes()
-        text = gzip.decompress(content) if path.suffix == ".gz" else content
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON lines ({error}); name a .jsonl or .jsonl.gz file") from None
+        if not file:
+            datasets = optional("datasets", "jaxgpt[data]", f"fetching {dataset}, unless a file is named,")
+            return list(datasets.load_dataset(dataset, subset, split=split))
+        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        what = f"{file} cannot be read as JSON lines" if file else f"{dataset} cannot be fetched"
+        raise UserError(f"{what} ({hf.first_line(error)}); name a .jsonl or .jsonl.gz file: TASK=FILE") from None
 
 
-def _fetch(dataset: str, subset: str | None, split: str) -> list[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"{dataset} needs the datasets library: pip install 'jaxgpt[data]', or name a file") from None
-    try:
-        return list(load_dataset(dataset, subset, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{dataset} cannot be fetched ({reason}); name a local file: TASK=FILE") from None
+def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
+    """The validation split in data_dir, by default the one of a run."""
+    if not data_dir and model.weights:
+        raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
+    folder = data_dir or model.run_config.data_dir or f"data/{model.run_config.dataset}"
+    corpus = Corpus.open(folder, "val", block_size=1, vocab_size=model.config.vocab_size)
+    model.check_corpus(corpus.meta)
+    return validation(corpus, model.config.block_size)
 
 
 # --- the entry point ---
@@ -429,44 +413,32 @@ def _fetch(dataset: str, subset: str | None, split: str) -> list[Any]:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.evaluate", description="Measures a model on a corpus and on task suites.")
-    parser.add_argument("--out_dir", help="folder of a run")
-    parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    add_model_arguments(parser)
     parser.add_argument("--tasks", default="val", help="of val, hellaswag[=FILE], lambada[=FILE], with commas between")
     parser.add_argument("--data_dir", help="where val.bin is; default: the run's")
-    parser.add_argument("--split", default="val", help="which split `val` reads")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best, latest or a step")
     parser.add_argument("--block_size", type=int, help="length of `val`'s windows; default: the model's")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse(argv)
-    wanted, which = parse_tasks(args.tasks, also=["val"]), which_checkpoint(args.checkpoint)
-    if not wanted or wanted.get("val"):
+    files = parse_tasks(args.tasks, also=["val"])
+    if not files or files.get("val"):
         raise UserError("--tasks names one task at least, and no file for val: that is in --data_dir")
     configure_jax()
-    mesh = make_mesh()
-    model = open_model(
-        args.out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=which, block_size=args.block_size
-    )
-    tasks = []  # all read and tokenized before the parameters
-    for name, file in wanted.items():
-        if name != "val":
-            tasks.append(load_task(name, file, model.tokenizer))
-            continue
-        run = model.run_config
-        if not args.data_dir and model.weights is not None:
-            raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
-        folder = args.data_dir or str(run.data_dir) or f"data/{run.dataset}"
-        corpus = Corpus.open(folder, args.split, block_size=1, vocab_size=model.config.vocab_size)
-        model.check_corpus(corpus.meta)
-        tasks.append(validation(corpus, model.config.block_size))
-    scorer = Scorer(model.config, mesh)
-    results: dict[str, float] = {}
-    for task in tasks:
-        results |= {f"{task.name}_{key}": value for key, value in task.run(scorer, model.params).items()}
-    if jax.process_index() == 0 and args.json:
-        print(json.dumps({"model": model.source, "step": model.step, **results}))
-    elif jax.process_index() == 0:
-        print(f"{model.source}" + ("" if model.step is None else f", step {model.step}"))
+    with Processes():  # of which the first alone prints
+        mesh, which = make_mesh(), args.checkpoint
+        model = open_model(
+            args.out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=which, block_size=args.block_size
+        )
+        tasks = [  # all read and tokenized before the parameters
+            open_validation(model, args.data_dir) if name == "val" else load_task(name, file, model.tokenizer)
+            for name, file in files.items()
+        ]
+        scorer, results = Scorer(model.config, mesh), {}
+        for task in tasks:
+            results |= {f"{task.name}_{key}": value for key, value in task.run(scorer, model.params).items()}
+        if args.json:
+            print(json.dumps({"model": model.source, "step": model.step, **results}))
+            return
+        print(model.source if model.step is None else f"{model.source}, step {model.step}")
         for name, value in results.items():
             print(f"  {name:<20}{value:>12.4f}  {METRICS[name]}")
 

@@ -18,7 +18,7 @@ from jaxgpt import UserError
 from jaxgpt.model import GPTConfig, KVCache, Params, bind
 from jaxgpt.ops.choose import Rule, choose
 from jaxgpt.ops.decode import attend, linear
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Stream, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Generator:
     """
 
     def __init__(self, config: GPTConfig, params: Params, *, vocab_size: int | None = None):
-        self.config = dataclasses.replace(config, dropout=0.0, remat="none")
+        self.config = dataclasses.replace(config, dropout=0.0, remat="none", matmul_dtype="auto")
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.weights = _prepare(self.config, params)
 
@@ -205,7 +205,7 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, stop: str = ""):
         self.done = False
-        self._stream, self._stop, self._held = tokenizer.stream(), stop, ""
+        self._stream, self._stop, self._held = Stream(tokenizer), stop, ""
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that is certain now: what may be the beginning of the stop text is held back."""

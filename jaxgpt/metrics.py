@@ -1,8 +1,6 @@
 """What a run reports: FLOPs and MFU; console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
-import importlib
-import importlib.util
 import json
 import math
 import sys
@@ -15,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxgpt import UserError
+from jaxgpt import UserError, optional
 
 # Dense bf16 FLOP/s of one device by `device_kind`; the makers' data sheets
 PEAK_FLOPS = {
@@ -34,8 +32,7 @@ PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
+    "TPU v5": 459e12,  # v5p
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
@@ -48,8 +45,8 @@ def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -
 
 def peak_flops(device: Any) -> float | None:
     """The jax.Device's dense bf16 FLOP/s, or None where it is not known (a CPU)."""
-    kind = device.device_kind
-    return next((v for k, v in sorted(PEAK_FLOPS.items(), key=lambda kv: -len(kv[0])) if kind.startswith(k)), None)
+    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def peak_memory_gib() -> float:
@@ -85,8 +82,8 @@ class Stopwatch:
 def check_trackers(config: ConfigDict) -> None:
     """Raises UserError if a tracker is asked for that is not installed."""
     for key, module in (("tensorboard_log", "tensorboard"), ("wandb_log", "wandb")):
-        if config[key] and importlib.util.find_spec(module) is None:
-            raise UserError(f"{key} needs the package {module}: pip install 'jaxgpt[track]'")
+        if config[key]:
+            optional(module, "jaxgpt[track]", key)
 
 
 class Reporter:
@@ -96,35 +93,35 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, config: ConfigDict, *, first_step: int):
-        self.enabled = jax.process_index() == 0
-        if not self.enabled:
+        self._file = self._bar = self._board = self._wandb = None
+        self._closing = contextlib.ExitStack()
+        if jax.process_index() != 0:
             return
-        self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self._board = self._wandb = None
+            self._closing.callback(self._bar.close)
         if config.tensorboard_log:
-            from tensorboard.summary import Writer
-
-            self._board = Writer(str(folder))
+            self._board = optional("tensorboard.summary", "jaxgpt[track]", "tensorboard_log").Writer(str(folder))
+            self._closing.callback(self._board.close)
         if config.wandb_log:
-            wandb = importlib.import_module("wandb")
+            wandb = optional("wandb", "jaxgpt[track]", "wandb_log")
             name, values = config.wandb_run_name, config.to_dict()
             try:
                 self._wandb = wandb.init(project=config.wandb_project, name=name, config=values)
             except wandb.Error as e:
                 raise UserError(f"wandb_log: {e}") from None
+            self._closing.callback(self._wandb.finish)
         self._file = (folder / "metrics.jsonl").open("a")
 
     def say(self, line: str) -> None:
         """Prints a line for people, above the progress bar."""
-        if self.enabled:
+        if self._file:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes one object of metrics for `step` to metrics.jsonl and the trackers."""
-        if not self.enabled:
+        if not self._file:
             return
         row = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         try:
@@ -133,15 +130,15 @@ class Reporter:
         except OSError as e:  # a full disk must not end a run
             warnings.warn(f"metrics.jsonl: {e}; the run goes on without this line", stacklevel=2)
         numbers = {k: v for k, v in row.items() if v is not None}
-        if self._board is not None:
+        if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
+        if self._wandb:
             self._wandb.log(numbers, step=step)
 
     def progress(self, step: int, **shown: str) -> None:
         """Moves the progress bar to `step`."""
-        if self.enabled and self._bar is not None:
+        if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
 
@@ -149,11 +146,7 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.enabled:
-            with contextlib.suppress(OSError):  # `record` has said it already: the disk is full
+        with contextlib.suppress(OSError):  # `record` has said it already: the disk is full
+            if self._file:
                 self._file.close()
-            for sink in (self._bar, self._board):
-                if sink is not None:
-                    sink.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        self._closing.close()

@@ -1,20 +1,20 @@
-"""Sample from a model: `python -m jaxgpt.sample --out_dir=out` or `--init_from=gpt2`."""
+"""Sample from a model: `python -m jaxgpt.sample --out_dir=out` (the default) or `--init_from=gpt2`."""
 
-import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jaxgpt import UserError
-from jaxgpt.config import GPT2_SIZES, Parser, integer, run_main
-from jaxgpt.evaluate import open_model, which_checkpoint
+from jaxgpt.config import Parser, integer, run_main
+from jaxgpt.evaluate import add_model_arguments, open_model
 from jaxgpt.generate import Generator, Sampling, Text
-from jaxgpt.sharding import AXES, configure_jax
+from jaxgpt.processes import Processes
+from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import purpose_seed
 from jaxgpt.tokenizer import Tokenizer
 
@@ -23,8 +23,7 @@ SEPARATOR = "---------------"  # nanoGPT's, after each sample
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.sample", description=__doc__)
-    parser.add_argument("--out_dir", help="folder of a run; `out` unless --init_from is given")
-    parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    add_model_arguments(parser)
     parser.add_argument("--start", default="\n", help="the prompt, or FILE:path of a file that holds it")
     parser.add_argument("--num_samples", type=integer, default=10, help="samples to draw")
     parser.add_argument("--max_new_tokens", type=integer, default=500, help="tokens in each")
@@ -33,8 +32,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest with this probability in all")
     parser.add_argument("--seed", type=integer, default=1337)
     parser.add_argument("--stop", default="", help="text that ends a sample, such as '<|endoftext|>'; not printed")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best, latest or a step")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     args = parser.parse(argv)
     # everything a user can get wrong comes before the weights are read
     for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
@@ -43,22 +40,22 @@ def main(argv: Sequence[str]) -> None:
     if args.seed >= 2**32:
         raise UserError(f"seed={args.seed} must be below 2^32")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    start, which = read_start(args.start), which_checkpoint(args.checkpoint)
+    start = read_start(args.start)
     configure_jax()
-    device = jax.local_devices()[0]
-    mesh = Mesh(np.array([[[device]]]), AXES)
-    out_dir = args.out_dir or (None if args.init_from else "out")
-    model = open_model(out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=which)
-    tokenizer = model.tokenizer
-    prompt = tokenizer.encode(start, special=True)
-    if not prompt or max(prompt) >= model.config.vocab_size:
-        raise UserError(f"start={start!r} has no tokens of the model's {model.config.vocab_size}; give another prompt")
-    kernels = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8
-    config = dataclasses.replace(model.config, kernels=kernels)
-    generator = Generator(config, model.params, vocab_size=tokenizer.vocab_size)
-    key = purpose_seed(args.seed, "sample")
-    chunks = generator(prompt, args.max_new_tokens, key=key, num_samples=args.num_samples, sampling=sampling)
-    write_samples(chunks, tokenizer, tokenizer.decode(prompt), args.num_samples, args.stop)
+    with Processes():
+        mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+        out_dir = args.out_dir or (None if args.init_from else "out")
+        model = open_model(out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=args.checkpoint)
+        tokenizer = model.tokenizer
+        prompt = tokenizer.encode(start, special=True)
+        if not prompt or max(prompt) >= model.config.vocab_size:
+            raise UserError(
+                f"start={start!r} has no tokens of the model's {model.config.vocab_size}; give another prompt"
+            )
+        generator = Generator(model.config, model.params, vocab_size=tokenizer.vocab_size)
+        key = purpose_seed(args.seed, "sample")
+        chunks = generator(prompt, args.max_new_tokens, key=key, num_samples=args.num_samples, sampling=sampling)
+        write_samples(chunks, tokenizer, tokenizer.decode(prompt), args.num_samples, args.stop)
 
 
 def read_start(start: str) -> str:
@@ -81,29 +78,22 @@ def write_samples(
     chunks: Iterator[Int[np.ndarray, "B n"]], tokenizer: Tokenizer, start: str, num_samples: int, stop: str
 ) -> None:
     """Prints samples, the first one not finished as it is made: the others grow beside it and appear in their turn."""
-    texts, ready, current = [Text(tokenizer, stop) for _ in range(num_samples)], [start] * num_samples, 0
-
-    def show() -> None:
-        nonlocal current
+    texts, current = [Text(tokenizer, stop) for _ in range(num_samples)], 0
+    waiting = [start] * num_samples  # what is not shown yet of each
+    nothing = np.zeros((num_samples, 0), np.int32)  # so that the prompt shows at once
+    for chunk in itertools.chain([nothing], chunks, [None]):
+        for i, text in enumerate(texts):
+            waiting[i] += text.flush() if chunk is None else text.push(chunk[i].tolist())
         while current < num_samples:
-            sys.stdout.write(ready[current])
-            ready[current] = ""
+            sys.stdout.write(waiting[current])
+            waiting[current] = ""
             if not texts[current].done:
                 break
             print(f"\n{SEPARATOR}")
             current += 1
         sys.stdout.flush()
-
-    show()
-    for chunk in chunks:
-        for i, ids in enumerate(chunk):
-            ready[i] += texts[i].push(ids.tolist())
-        show()
         if current == num_samples:
-            return
-    for i, text in enumerate(texts):
-        ready[i] += text.flush()
-    show()
+            break
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Where a corpus's text comes from: files of the user's, or Hugging Face datasets, as pieces of bounded length.
+"""Where a corpus's text comes from: files of the user's, or Hugging Face datasets, as pieces of documents.
 
-A document longer than PIECE comes in parts, cut where the tokens stay those of the whole. What cannot be read is a
-UserError naming the file and the byte, line or row.
+What cannot be read is a UserError naming the file and the byte, line or row.
 """
 
 import codecs
@@ -9,40 +8,26 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
 import re
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
-from jaxgpt import UserError
+from jaxgpt import UserError, optional
 
 PIECE = 1 << 20  # characters; also the bytes read at a time
-Position = tuple[int, int]  # of a piece: its document's number in the split, its own number in the document
 
 
 class Piece(NamedTuple):
     split: str  # train | val
-    position: Position
+    number: int  # in the split; pieces come in its order
     text: str
     end: bool  # the document ends here
-    size: float  # of the input read for it, in the source's unit
-
-
-@runtime_checkable
-class Source(Protocol):
-    name: str  # for people
-    fingerprint: str  # another one where the text may be another
-    total: float  # size of the whole input
-    unit: str  # of sizes: B | doc
-
-    def pieces(self, start: Mapping[str, Position]) -> Iterator[Piece]:
-        """The pieces in order. Those before `start` in their split may be left out."""
-        ...
 
 
 class Files:
@@ -52,79 +37,75 @@ class Files:
     100 files, all .txt or .md, the last `val_fraction` of each.
     """
 
-    unit = "B"
+    unit = "B"  # of `total`, the input's size, and `done`, how much of it has been read
 
     def __init__(self, inputs: Sequence[str], val: Sequence[str] = (), field: str = "text", val_fraction: float = 0.01):
         if not 0 < val_fraction < 1:
             raise UserError(f"val_fraction={val_fraction} is not between 0 and 1; or name validation files with --val")
         self._val, self._field, self._fraction = set(_expand(val)), field, 0.0 if val else val_fraction
         self._paths = sorted({*_expand(inputs), *self._val})
-        if not set(self._paths) - self._val:
+        if self._val.issuperset(self._paths):
             raise UserError("every input is in --val; name other files for training")
-        self._tail = (
-            not val and len(self._paths) < 100 and all(_kind(path)[0] in (".txt", ".md") for path in self._paths)
+        self._cut_each = (
+            not val and len(self._paths) < 100 and all(_kind(path) in ("txt", "md") for path in self._paths)
         )
         stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in self._paths]
-        self.name, self.total = " ".join(inputs), float(sum(size for _, size, _ in stats))
+        self.name, self.total, self.done = " ".join(inputs), sum(size for _, size, _ in stats), 0
         self.fingerprint = _digest([stats, sorted(self._val), field, val_fraction])
 
-    def pieces(self, start: Mapping[str, Position]) -> Iterator[Piece]:
-        numbers, part, split = Counter(), 0, ""
+    def pieces(self, start: Mapping[str, int]) -> Iterator[Piece]:
+        """The pieces in order. Those of a number below `start` in their split may be left out."""
+        numbers, documents, before = Counter(), 0, 0
         for path in self._paths:
             try:
-                for text, end, in_tail, size in self._parts(path):
-                    if part == 0:
-                        drawn = in_tail if self._tail else _draw(numbers.total()) < self._fraction
-                        split = "val" if drawn or path in self._val else "train"
-                    yield Piece(split, (numbers[split], part), text, end, size)
-                    numbers[split] += end
-                    part = 0 if end else part + 1
+                with _opened(path) as (raw, f):
+                    for blocks in _documents(f, path, self._field):
+                        left = self._train_length(path, documents)
+                        for text, end in split_text(blocks):
+                            self.done = before + raw.tell()
+                            if left > 0:
+                                yield Piece("train", numbers["train"], text[:left], end or len(text) >= left)
+                                numbers["train"] += 1
+                            if len(text) >= left:
+                                yield Piece("val", numbers["val"], text[left:], end)
+                                numbers["val"] += 1
+                            left = max(0, left - len(text))
+                        documents += 1
             except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: pyarrow's
                 raise UserError(f"cannot read {path} ({error}); mend it or leave it out") from None
+            self.done = before = before + os.path.getsize(path)
 
-    def _parts(self, path: str) -> Iterator[tuple[str, bool, bool, float]]:
-        """(text, its document ends, it is in the validation tail, bytes of the file read for it)."""
-        kind, compression = _kind(path)
-        if kind == ".parquet":
-            for document, size in _read_parquet(path, self._field):
-                for text, end in split_text(document):
-                    yield text, end, False, size * end
-            return
-        turn = None
-        if self._tail:
-            with _opened(path, compression) as (_, f):
-                turn = int(sum(map(len, iter(lambda: f.read(PIECE), b""))) * (1 - self._fraction))
-        with _opened(path, compression) as (raw, f):
-            if kind == ".jsonl":
-                parts = ((*part, False) for text in _read_jsonl(f, path, self._field) for part in split_text(text))
-            else:
-                parts = read_text(f, path, turn)
-            done = 0
-            for text, end, in_tail in parts:
-                yield text, end, in_tail, raw.tell() - done
-                done = raw.tell()
+    def _train_length(self, path: str, number: int) -> int:
+        """How many of the first characters of document `number`, in `path`, are for training, not for validation."""
+        if self._cut_each:
+            with _opened(path) as (_, f):
+                return int(sum(map(len, _decoded(f, path))) * (1 - self._fraction))
+        return 0 if path in self._val or _draw(number) < self._fraction else sys.maxsize
 
 
 class Rows:
-    """The texts of `datasets.Dataset`s, one for each split; a row is a document."""
+    """As Files, the column `text` of `datasets.Dataset`s, one for each split; a row is a document and a piece."""
 
     unit = "doc"
 
-    def __init__(self, name: str, splits: Mapping[str, Any], field: str = "text"):
-        self.name, self._splits, self._field = name, splits, field
-        self.total = float(sum(map(len, splits.values())))
-        ends = [[len(rows), rows[0][field], rows[-1][field]] for rows in splits.values() if len(rows)]
-        self.fingerprint = _digest([name, field, ends])
+    def __init__(self, name: str, splits: Mapping[str, Any]):
+        self.name, self._splits = name, splits
+        self.total, self.done = sum(map(len, splits.values())), 0
+        self.fingerprint = _digest([name, [[len(r), r[0]["text"], r[-1]["text"]] for r in splits.values() if len(r)]])
 
-    def pieces(self, start: Mapping[str, Position]) -> Iterator[Piece]:
+    def pieces(self, start: Mapping[str, int]) -> Iterator[Piece]:
+        before = 0
         for split, rows in self._splits.items():
-            first = min(start[split][0], len(rows))
-            size = first + 1.0  # the first document accounts for those left out
-            for i in range(first, len(rows), 64):
-                for number, document in enumerate(rows[i : i + 64][self._field], i):
-                    for part, (text, end) in enumerate(split_text(document)):
-                        yield Piece(split, (number, part), text, end, size * end)
-                    size = 1.0
+            for first in range(start[split], len(rows), 64):
+                for number, text in enumerate(rows[first : first + 64]["text"], first):
+                    if not isinstance(text, str):
+                        raise UserError(f"{self.name}: row {number:,} of {split} is not a text; prepare it without")
+                    self.done = before + number + 1
+                    yield Piece(split, number, text, True)
+            before += len(rows)
+
+
+Source = Files | Rows
 
 
 def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, rows: int | None = None) -> Any:
@@ -133,19 +114,23 @@ def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, row
     UserError if it cannot be had, or has not `rows` rows. A dataset whose main branch holds a script, which `datasets`
     no longer runs, is taken from the branch where the hub converts it to parquet.
     """
-    datasets = _module("datasets")
-    if inputs:
-        return datasets.load_dataset("parquet", data_files=_expand(inputs), split="train")
+    datasets = optional("datasets", "jaxgpt[data]", hub)
+    source = " ".join(inputs or [hub])
     try:
-        try:
-            data = datasets.load_dataset(hub, config, split="train")
-        except RuntimeError:
-            data = datasets.load_dataset(hub, config, split="train", revision="refs/convert/parquet")
-    except (OSError, RuntimeError, ValueError) as error:
+        if inputs:
+            data = datasets.load_dataset("parquet", data_files=_expand(inputs), split="train")
+        else:
+            try:
+                data = datasets.load_dataset(hub, config, split="train")
+            except RuntimeError:
+                data = datasets.load_dataset(hub, config, split="train", revision="refs/convert/parquet")
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"cannot get {hub} ({error}); copy its .parquet files here and name them with --input"
+            f"cannot get {source} ({error}); copy {hub}'s .parquet files here and name them with --input"
         ) from None
-    if rows and len(data) != rows:
+    if "text" not in data.column_names:
+        raise UserError(f"{source} has no column 'text'; name {hub}'s .parquet files with --input")
+    if rows and not inputs and len(data) != rows:
         raise UserError(f"{hub} has {len(data):,} rows instead of {rows:,}; name all its .parquet files with --input")
     return data
 
@@ -155,43 +140,48 @@ def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, row
 _UP_TO_SPACE = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
-def _cut(text: str) -> int:
-    """The last place between a character and white space, else the end.
+def split_text(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """A document as (part of at most PIECE characters, whether it is the last).
 
-    GPT-2's pattern never matches over such a place nor looks back over it: both sides keep the tokens of the whole.
+    Cuts are between a character and white space: GPT-2's pattern never matches over such a place nor looks back over
+    it, so that the parts have the tokens of the whole.
     """
-    return match.end() if (match := _UP_TO_SPACE.match(text)) else len(text)
+    text = ""
+    for block in blocks:
+        text += block
+        while len(text) > PIECE:
+            match = _UP_TO_SPACE.match(text, 0, PIECE)
+            end = match.end() if match else PIECE
+            yield text[:end], False
+            text = text[end:]
+    yield text, True
 
 
-def split_text(text: str) -> Iterator[tuple[str, bool]]:
-    """A document as (part, it is the last)."""
-    start = 0
-    while len(text) - start > PIECE:
-        end = start + _cut(text[start : start + PIECE])
-        yield text[start:end], False
-        start = end
-    yield text[start:], True
+# ---- Files
 
 
-def read_text(f: io.BufferedIOBase, path: str, turn: int | None = None) -> Iterator[tuple[str, bool, bool]]:
-    """A UTF-8 file as (part, its document ends, it is after `turn`). A second document begins at about byte `turn`."""
-    decoder, text, count, after = codecs.getincrementaldecoder("utf-8")(), "", 0, False
-    while True:
-        block = f.read(PIECE if turn is None or after else min(PIECE, turn - count))
-        pending = len(decoder.getstate()[0])
+def _documents(f: io.BufferedIOBase, path: str, field: str) -> Iterator[Iterator[str]]:
+    """The text of each document of a file, in blocks of at most PIECE characters."""
+    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet}
+    if _kind(path) not in readers:
+        yield _decoded(f, path)
+        return
+    for text in readers[_kind(path)](f, path, field):
+        yield (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+
+
+def _decoded(f: io.BufferedIOBase, path: str) -> Iterator[str]:
+    """The text of a UTF-8 file, in blocks of at most PIECE characters."""
+    decoder, count, block = codecs.getincrementaldecoder("utf-8")(), 0, b"start"
+    while block:
+        block = f.read(PIECE)
+        pending = len(decoder.getstate()[0])  # bytes of an unfinished character
         try:
-            text += decoder.decode(block, final=not block)
+            text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, count - pending + error.start) from None
         count += len(block)
-        turns = not after and count == turn
-        last = not block and not turns
-        cut = len(text) if last else _cut(text) if turns or len(text) >= PIECE else 0
-        if turns or last or cut:
-            yield text[:cut], turns or last, after
-        if last:
-            return
-        text, after = text[cut:], after or turns
+        yield text
 
 
 def _read_jsonl(f: io.BufferedIOBase, path: str, field: str) -> Iterator[str]:
@@ -211,12 +201,11 @@ def _read_jsonl(f: io.BufferedIOBase, path: str, field: str) -> Iterator[str]:
         count += len(line)
 
 
-def _read_parquet(path: str, field: str) -> Iterator[tuple[str, float]]:
-    """Texts, each with its share of the file's bytes."""
-    with _module("pyarrow.parquet").ParquetFile(path, buffer_size=PIECE) as table:
+def _read_parquet(f: io.BufferedIOBase, path: str, field: str) -> Iterator[str]:
+    parquet = optional("pyarrow.parquet", "jaxgpt[data]", path)
+    with parquet.ParquetFile(f, buffer_size=PIECE) as table:
         if field not in table.schema_arrow.names:
             raise UserError(f"{path} has no column {field!r}; set --field to one of {table.schema_arrow.names}")
-        size = os.path.getsize(path) / max(1, table.metadata.num_rows)
         rows = (row for batch in table.iter_batches(16, columns=[field]) for row in batch.column(0))
         for number, row in enumerate(rows):
             try:
@@ -225,56 +214,47 @@ def _read_parquet(path: str, field: str) -> Iterator[tuple[str, float]]:
                 text = None
             if not isinstance(text, str):
                 raise UserError(f"{path}: row {number:,} of {field!r} is not a UTF-8 text; remove it or set --field")
-            yield text, size
-
-
-# ---- Files
-
-_KIND = re.compile(r"\.(?:txt|md|jsonl|parquet(?!\.))(?=(\.gz|\.zst)?$)")
-
-
-def _kind(path: str) -> tuple[str, str | None]:
-    """The suffix that says what the file is, and the one of its compression; "" for an unknown kind."""
-    match = _KIND.search(path)
-    return (match[0], match[1]) if match else ("", None)
-
-
-def _expand(inputs: Sequence[str]) -> list[str]:
-    """Files, those of folders (of known kinds, however deep), and those that globs match; these sorted."""
-    paths = []
-    for name in inputs:
-        inside = f"{glob.escape(name)}/**" if os.path.isdir(name) else name
-        found = [path for path in glob.glob(inside, recursive=True) if os.path.isfile(path)] or [name]
-        known = [path for path in found if _kind(path)[0] and os.path.isfile(path)]
-        if not known or (len(known) < len(found) and not os.path.isdir(name)):
-            what = f"{name} holds no text" if os.path.isdir(name) else f"{found[0]} is missing or of another kind"
-            raise UserError(
-                f"{what}; name .txt, .md, .jsonl (also with .gz, .zst) or .parquet files, or folders of them"
-            )
-        paths += sorted(known)
-    return paths
-
-
-@contextlib.contextmanager
-def _opened(path: str, compression: str | None) -> Iterator[tuple[BinaryIO, Any]]:
-    """The file as it is, and its decompressed content."""
-    with open(path, "rb") as raw:
-        if compression == ".zst":  # through pyarrow, which unlike the zstandard package reports a truncated file
-            pyarrow = _module("pyarrow")
-            yield raw, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
-        else:
-            yield raw, gzip.GzipFile(fileobj=raw) if compression else raw
+            yield text
 
 
 def _not_utf8(path: str, byte: int) -> UserError:
     return UserError(f"{path}: byte {byte:,} is not UTF-8 text; convert the file to UTF-8 or leave it out")
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"this input needs {name.split('.')[0]}; run: pip install 'jaxgpt[data]'") from None
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[BinaryIO, Any]]:
+    """The file as it is, and its decompressed content."""
+    with open(path, "rb") as raw:
+        if path.endswith(".zst"):  # through pyarrow, which unlike the zstandard package reports a truncated file
+            pyarrow = optional("pyarrow", "jaxgpt[data]", path)
+            yield raw, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
+        else:
+            yield raw, gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+
+
+def _kind(path: str) -> str:
+    """txt, md, jsonl or parquet, of which all but the last may be compressed; else nothing."""
+    match = re.search(r"\.(?:(txt|md|jsonl)(?:\.gz|\.zst)?|(parquet))$", path)
+    return match[1] or match[2] if match else ""
+
+
+def _expand(inputs: Sequence[str]) -> list[str]:
+    """Files, those of folders (of known kinds, however deep), and those that globs match; these sorted."""
+    paths = []
+    for name in inputs:
+        if os.path.isdir(name):
+            found = [path for path in glob.glob(f"{glob.escape(name)}/**", recursive=True) if _kind(path)]
+        else:
+            found = glob.glob(name, recursive=True)
+        found = sorted(path for path in found if os.path.isfile(path)) or [name]
+        for path in found:
+            if not _kind(path) or not os.path.isfile(path):
+                what = f"{path} holds no text, is missing or of another kind"
+                raise UserError(
+                    f"{what}; name .txt, .md, .jsonl (also with .gz, .zst) or .parquet files, or folders of them"
+                )
+        paths += found
+    return paths
 
 
 def _draw(number: int) -> float:

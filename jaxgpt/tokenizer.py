@@ -4,7 +4,6 @@ A corpus folder says in meta.json how its tokens were made, so that whoever read
 nanoGPT's meta.pkl (characters only) is read as well, by an unpickler that refuses everything but plain data.
 """
 
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -16,11 +15,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import numpy as np
+import requests
+import tiktoken
+from jaxtyping import UInt
 
-from jaxgpt import UserError
+from jaxgpt import UserError, optional
 
 ENDOFTEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -32,37 +34,27 @@ GPT2_FILES = {
 }
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    vocab_size: int  # ids are 0 … vocab_size - 1
-    eot: int | None  # the id that ends a document, where there is one
+class Tokenizer:
+    """What all tokenizers have. Ids are 0 … vocab_size - 1; `eot` is the one that ends a document, if there is one."""
+
+    vocab_size: int
+    eot: int | None = None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`. With `special` (for prompts), "<|endoftext|>" and the like become the token of that name."""
-        ...
+        raise NotImplementedError
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Ids of ordinary text as an unsigned array (n,), without a Python int for each: for corpora."""
-        ...
+    def encode_array(self, text: str) -> UInt[np.ndarray, " n"]:
+        """Ids of ordinary text, for corpora."""
+        return np.array(self.encode(text), np.uint32)
 
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def stream(self) -> "Stream": ...
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """Text as it is made: pushes and a final flush add up to `decode` of all ids; no push ends inside a character."""
-
-    def push(self, ids: Sequence[int]) -> str: ...
-
-    def flush(self) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, with U+FFFD for bytes that are no UTF-8."""
+        raise NotImplementedError
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One id for each character of `itos`. `encode` raises UserError for any other character."""
-
-    eot: int | None = None
 
     def __init__(self, itos: Sequence[str]):
         self.itos = list(itos)
@@ -70,120 +62,82 @@ class CharTokenizer:
         self._stoi = {c: i for i, c in enumerate(self.itos)}
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        try:
-            return [self._stoi[c] for c in text]
-        except KeyError:
-            unknown = "".join(sorted(set(text) - self._stoi.keys()))
+        if unknown := set(text) - self._stoi.keys():
             raise UserError(
-                f"the vocabulary lacks {unknown[:20]!r}; use its {self.vocab_size} characters: {''.join(self.itos)!r}"
-            ) from None
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), np.uint32)
+                f"the vocabulary lacks {''.join(sorted(unknown))[:20]!r}; use its {self.vocab_size} characters: "
+                f"{''.join(self.itos)!r}"
+            )
+        return [self._stoi[c] for c in text]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.itos[i] for i in ids)
 
-    def stream(self) -> Stream:
-        return _Utf8Stream(lambda ids: self.decode(ids).encode())
 
-
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, through tiktoken."""
 
     vocab_size = GPT2_VOCAB_SIZE
-    eot: int | None = GPT2_VOCAB_SIZE - 1
+    eot = GPT2_VOCAB_SIZE - 1
 
     def __init__(self):
-        import tiktoken
-
         _check_gpt2_files()
         self._bpe = tiktoken.get_encoding("gpt2")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self._bpe.encode(text, allowed_special={ENDOFTEXT}) if special else self._bpe.encode_ordinary(text)
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> UInt[np.ndarray, " n"]:
         try:
-            return self._bpe.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate: encode_ordinary replaces it with U+FFFD
-            return np.array(self._bpe.encode_ordinary(text), np.uint32)
+            return self._bpe.encode_to_numpy(text, disallowed_special=())  # makes no Python int for each
+        except UnicodeEncodeError:  # a lone surrogate, for which encode_ordinary takes U+FFFD
+            return super().encode_array(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._bpe.decode(list(ids))
 
-    def stream(self) -> Stream:
-        return _Utf8Stream(lambda ids: self._bpe.decode_bytes(list(ids)))
 
-
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library. `eot`: a token or its id; by default the file's usual one."""
 
     def __init__(self, path: Path, eot: int | str | None = None):
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError(f"{path} needs the tokenizers library; run: pip install tokenizers") from None
+        tokenizers = optional("tokenizers", "tokenizers", path)
         if not path.is_file():
             raise UserError(f"{path} is missing; copy the tokenizer's file there")
         try:
             self._bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        vocab = self._bpe.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
-        usual = [ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>"]
-        if isinstance(eot, str) and eot not in vocab:
+        ids = self._bpe.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        if isinstance(eot, str) and eot not in ids:
             raise UserError(f"{path} has no token {eot!r}; choose one of its tokens")
-        known = [vocab[token] for token in ([eot] if isinstance(eot, str) else usual) if token in vocab]
-        self.eot = eot if isinstance(eot, int) else next(iter(known), None)
+        names = [eot] if eot is not None else [ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>"]
+        self.eot = eot if isinstance(eot, int) else next((ids[name] for name in names if name in ids), None)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         self._bpe.encode_special_tokens = not special
         return self._bpe.encode(text, add_special_tokens=False).ids
 
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), np.uint32)
-
     def decode(self, ids: Sequence[int]) -> str:
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
-    def stream(self) -> Stream:
-        return _JsonStream(self)
 
+class Stream:
+    """Text as it is made: pushes and a final flush add up to `decode` of all ids; no push ends inside a character."""
 
-class _Utf8Stream:
-    """Holds back the bytes of an unfinished character."""
-
-    def __init__(self, to_bytes):
-        self._to_bytes = to_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Sequence[int]) -> str:
-        return self._utf8.decode(self._to_bytes(ids))
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _JsonStream:
-    """`tokenizers`' own incremental decoder, which only lacks a flush."""
-
-    def __init__(self, tokenizer: JsonTokenizer):
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._length = 0  # characters given out
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._ids, self._shown = tokenizer, [], 0
 
     def push(self, ids: Sequence[int]) -> str:
         self._ids += ids
-        text = "".join(self._decoder.step(self._tokenizer._bpe, i) or "" for i in ids)
-        self._length += len(text)
-        return text
+        return self._rest(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # the bytes of an unfinished character
 
     def flush(self) -> str:
-        return self._tokenizer.decode(self._ids)[self._length :]
+        return self._rest(self._tokenizer.decode(self._ids))
+
+    def _rest(self, text: str) -> str:
+        rest, self._shown = text[self._shown :], len(text)
+        return rest
 
 
 @functools.cache
@@ -194,8 +148,6 @@ def gpt2() -> GPT2Tokenizer:
 
 def _check_gpt2_files() -> None:
     """tiktoken alone would wait for a dead network without limit, and delete a cached file that it finds damaged."""
-    import requests
-
     default = os.environ.get("DATA_GYM_CACHE_DIR", os.path.join(tempfile.gettempdir(), "data-gym-cache"))
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
     for name, digest in GPT2_FILES.items():
@@ -242,8 +194,12 @@ class Meta:
 def meta_for(tokenizer: Tokenizer, name: str, **rest: Any) -> Meta:
     """The Meta of a corpus that `tokenizer`, called `name` (char, gpt2 or a file name), has made."""
     itos = tokenizer.itos if isinstance(tokenizer, CharTokenizer) else None
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    return Meta(tokenizer.vocab_size, name, dtype, itos, tokenizer.eot, **rest)
+    return Meta(tokenizer.vocab_size, name, token_dtype(tokenizer.vocab_size), itos, tokenizer.eot, **rest)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The dtype of token files for ids below vocab_size."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def load_tokenizer(meta: Meta, folder: str | os.PathLike) -> Tokenizer:
@@ -259,21 +215,62 @@ def load_tokenizer(meta: Meta, folder: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
+# What reading and checking a damaged file may raise; the errors of json and UTF-8 are ValueErrors.
+DAMAGE = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError,
+          MemoryError, RecursionError)  # fmt: skip
+
+
 def read_meta(folder: str | os.PathLike) -> Meta | None:
     """meta.json, else nanoGPT's meta.pkl, else None. UserError if it is damaged or is a pickle that asks for code."""
     for name, parse in (("meta.json", json.loads), ("meta.pkl", _parse_nanogpt)):
         path = Path(folder, name)
         try:
             content = parse(path.read_bytes())
-            known = {f.name for f in fields(Meta)}
-            return _checked(Meta(**{k: v for k, v in content.items() if k in known}))
+            meta = Meta(**{f.name: content[f.name] for f in fields(Meta) if f.name in content})
+            _check(meta)
+            return meta
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except _PICKLE_ERRORS as error:
+        except DAMAGE as error:
             raise UserError(f"{path} is damaged ({error}); prepare the corpus again") from None
     return None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}; only plain data is read")
+
+
+def _parse_nanogpt(content: bytes) -> dict[str, Any]:
+    """nanoGPT's meta.pkl is {"vocab_size", "itos": {id: character}, "stoi"}."""
+    meta = _PlainUnpickler(io.BytesIO(content)).load()
+    itos = [meta["itos"][i] for i in range(len(meta["itos"]))]
+    return {"vocab_size": meta["vocab_size"], "tokenizer": "char", "itos": itos}
+
+
+def _check(meta: Meta) -> None:
+    """ValueError, or what Python raises over values of wrong types, on a meta that write_meta cannot have made."""
+    size, name, chars = meta.vocab_size, meta.tokenizer, meta.itos or []
+    # runs copy a tokenizer's file under its name, which must neither lead out of their folder nor be another file's
+    own_file = Path(name).name == name and name.endswith(".json") and name not in ("meta.json", "config.json")
+    is_list = type(chars) is list and all(len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in chars)
+    rules = {
+        f"vocab_size is {size!r}": type(size) is int and 0 < size <= 1 << 31,
+        f"dtype is {meta.dtype!r}": meta.dtype in ("uint16", "uint32"),
+        f"settings are {meta.settings!r}": type(meta.settings) is dict,
+        f"tokenizer: {name!r}": name in ("char", "gpt2") or own_file,
+        f"eot is {meta.eot!r}": meta.eot is None or (type(meta.eot) is int and 0 <= meta.eot < size),
+        f"itos is not a list of {size} different characters": name != "char"
+        or (is_list and len(chars) == len(set(chars)) == size),
+    }
+    for shard in [shard for split in meta.shards.values() for shard in split]:
+        types = type(shard["file"]), type(shard["tokens"]), type(shard["sha256"])
+        rules[f"{shard} is not a shard"] = types == (str, int, str) and Path(shard["file"]).name == shard["file"]
+    for problem, good in rules.items():
+        if not good:
+            raise ValueError(problem)
 
 
 def write_meta(folder: str | os.PathLike, meta: Meta) -> None:
@@ -299,56 +296,3 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}; only plain data is read")
-
-
-# What unpickling or checking arbitrary bytes may raise; json's and UTF-8's errors are ValueErrors.
-_PICKLE_ERRORS = (
-    pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, MemoryError,
-    RecursionError,
-)  # fmt: skip
-
-
-def _parse_nanogpt(content: bytes) -> dict[str, Any]:
-    """nanoGPT's meta.pkl is {"vocab_size", "itos": {id: character}, "stoi"}."""
-    meta = _PlainUnpickler(io.BytesIO(content)).load()
-    return {
-        "vocab_size": meta["vocab_size"],
-        "tokenizer": "char",
-        "itos": [meta["itos"][i] for i in range(len(meta["itos"]))],
-    }
-
-
-def _is_tokenizer(name: str) -> bool:
-    """A file is one of the same folder, and no other than a tokenizer: runs copy it under its name."""
-    own = Path(name).name == name and name.endswith(".json") and name not in ("meta.json", "config.json")
-    return own or name in ("char", "gpt2")
-
-
-def _checked(meta: Meta) -> Meta:
-    """`meta`, or ValueError naming what is wrong with it."""
-
-    def require(good: bool, what: str) -> None:
-        if not good:
-            raise ValueError(what)
-
-    require(type(meta.vocab_size) is int and 0 < meta.vocab_size <= 1 << 31, f"vocab_size is {meta.vocab_size!r}")
-    require(meta.dtype in ("uint16", "uint32"), f"dtype is {meta.dtype!r}")
-    require(isinstance(meta.settings, dict), f"settings are {meta.settings!r}")
-    require(type(meta.tokenizer) is str and _is_tokenizer(meta.tokenizer), f"tokenizer: {meta.tokenizer!r}")
-    require(meta.eot is None or type(meta.eot) is int and 0 <= meta.eot < meta.vocab_size, f"eot is {meta.eot!r}")
-    if meta.tokenizer == "char":
-        chars = meta.itos if isinstance(meta.itos, list) else []
-        require(all(type(c) is str and len(c) == 1 for c in chars), "itos is not a list of characters")
-        "".join(chars).encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
-        require(
-            len(chars) == len(set(chars)) == meta.vocab_size, f"itos has not {meta.vocab_size} different characters"
-        )
-    for shard in [shard for shards in meta.shards.values() for shard in shards]:
-        types = type(shard["file"]), type(shard["tokens"]), type(shard["sha256"])
-        require(types == (str, int, str) and Path(shard["file"]).name == shard["file"], f"{shard} is not a shard")
-    return meta

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from jaxgpt import UserError
 from jaxgpt.config import (
-    AT_LEAST,
     BELOW,
     CHOICES,
     GPT2_SIZES,
+    POSITIVE,
     Parser,
     default_config,
     load_preset,
@@ -182,7 +182,7 @@ def test_no_preset_is_one_line():
 
 def test_limits_name_real_keys():
     keys = set(default_config())
-    assert set(CHOICES) | set(AT_LEAST) | set(BELOW) <= keys
+    assert set(CHOICES) | set(POSITIVE) | set(BELOW) <= keys
     for key, choices in CHOICES.items():
         assert default_config()[key] in choices
 

@@ -103,16 +103,20 @@ PIECES = st.sampled_from(
 SPACED = st.lists(PIECES | st.sampled_from(["é", "語", "🙂", ".", "'", "'ll", "<|endoftext|>", "!?"]), max_size=80)
 
 
+def blocks(text: str, limit: int) -> list[str]:
+    return [text[i : i + limit] for i in range(0, len(text), limit)]
+
+
 @given(SPACED.map("".join), st.integers(1, 9))
 @settings(max_examples=500, deadline=None)
 def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
     """Wherever there is a place to cut, the parts' tokens are the whole's, in every kind of white space."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "PIECE", limit)
-        parts = list(texts.split_text(text))
-    assert "".join(part for part, _ in parts) == text and [end for _, end in parts] == [False] * (len(parts) - 1) + [
-        True
-    ]
+        parts = list(texts.split_text(blocks(text, limit)))
+    assert "".join(part for part, _ in parts) == text
+    assert [end for _, end in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(len(part) <= limit for part, _ in parts)
     apart, start = [], 0
     for part, _ in parts:
         apart += gpt2().encode(part)
@@ -123,25 +127,26 @@ def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
     assert apart == gpt2().encode(text)
 
 
-@given(SPACED.map("".join), st.integers(1, 30), st.integers(0, 100))
+@given(SPACED.map("".join), st.integers(1, 30), st.floats(0.01, 0.99))
 @settings(max_examples=200, deadline=None)
-def test_files_are_read_in_parts(tmp_path_factory, text, limit, percent):
-    """The parts add up, are of bounded size, and the second document begins near the turn."""
-    path = tmp_path_factory.mktemp("parts") / "a.txt"
-    content = text.encode()
-    path.write_bytes(content)
-    turn = len(content) * percent // 100
-    with pytest.MonkeyPatch.context() as patch, open(path, "rb") as f:
+def test_files_are_read_in_parts(tmp_path_factory, text, limit, fraction):
+    """However small the parts: one document, or at most two, of which the second has the last part of the text."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "PIECE", limit)
-        whole = list(texts.read_text(f, "a.txt"))
-        f.seek(0)
-        parts = list(texts.read_text(f, "a.txt", turn))
-    assert "".join(part for part, *_ in whole) == "".join(part for part, *_ in parts) == text
-    assert [end for _, end, _ in whole] == [False] * (len(whole) - 1) + [True]
-    assert all(len(part) <= 2 * limit for part, *_ in whole + parts)
-    before = [(part, end) for part, end, after in parts if not after]
-    assert [end for _, end in before] == [False] * (len(before) - 1) + [True]
-    assert len("".join(part for part, _ in before).encode()) <= turn
+        named = list(Files([str(folder / "a.txt")], val=[str(folder / "b.txt")]).pieces({}))
+        cut = list(Files([str(folder / "a.txt")], val_fraction=fraction).pieces({}))
+    assert "".join(piece.text for piece in cut) == text
+    assert "".join(piece.text for piece in named) == 2 * text
+    for pieces in (named, cut):
+        assert all(len(piece.text) <= limit for piece in pieces)
+        for split in ("train", "val"):
+            mine = [piece for piece in pieces if piece.split == split]
+            assert [piece.number for piece in mine] == list(range(len(mine)))
+            assert [piece.end for piece in mine] == [False] * (len(mine) - 1) + [True] * bool(mine)
+    assert len("".join(piece.text for piece in cut if piece.split == "train")) == int(len(text) * (1 - fraction))
 
 
 def test_every_format_gives_the_same(jsonl, expected, tmp_path):
@@ -216,16 +221,12 @@ def test_other_tokenizers(jsonl, tmp_path):
 
 
 def test_first_shard_for_validation(jsonl, tmp_path):
-    class All(Files):
-        def pieces(self, start):
-            return (piece for piece in super().pieces({"train": (0, 0), "val": (0, 0)}))
-
-    source = All([str(jsonl)], val_fraction=1e-12)
+    source = Files([str(jsonl)], val_fraction=1e-12)
     build(source, tmp_path, shard_tokens=20_000, workers=1, first_shard_is_val=True)
     loop = plain_loop(DOCUMENTS)
     assert tokens_of(tmp_path, "val") == loop[:20_000] and tokens_of(tmp_path, "train") == loop[20_000:]
     build(source, tmp_path, shard_tokens=20_000, workers=1, first_shard_is_val=True)
-    with pytest.raises(UserError, match="too short to give any of it to train"):
+    with pytest.raises(UserError, match="too short to give any to train"):
         build(source, tmp_path / "one", workers=1, first_shard_is_val=True)
 
 
@@ -318,10 +319,7 @@ def test_a_full_disk(jsonl, expected, tmp_path):
 FAST = """
 import numpy as np
 from jaxgpt import corpus
-def encode(texts):
-    counts = np.array([len(text) // 4 for text, _ in texts], np.int64)
-    return np.zeros(counts.sum(), "<u2"), counts
-corpus._encode = encode
+corpus._encode = lambda pieces: np.zeros(sum(len(piece.text) for piece in pieces) // 4, "<u2")
 """
 
 
@@ -439,6 +437,7 @@ def test_bad_arguments(gpt2_files, tmp_path):
         ([str(tmp_path / "a.pdf")], {}, "missing or of another kind"),
         ([str(tmp_path / "a.parquet.gz")], {}, "missing or of another kind"),
         ([str(tmp_path / "*.bin")], {}, "missing or of another kind"),
+        ([str(tmp_path / "a.*")], {}, r"a\.parquet\.gz .* of another kind"),
         ([a], {"val": [a]}, "every input is in --val"),
         ([a], {"val_fraction": 0.0}, "not between 0 and 1"),
         ([a], {"val_fraction": 1.0}, "not between 0 and 1"),
@@ -449,7 +448,7 @@ def test_bad_arguments(gpt2_files, tmp_path):
         with pytest.raises(UserError, match="at least 1"):
             build(Files([a]), tmp_path / "out", **how)
     few = write_jsonl(tmp_path / "few.jsonl", ["a", "b"])
-    with pytest.raises(UserError, match="too short to give any of it to val"):
+    with pytest.raises(UserError, match="too short to give any to val"):
         build(Files([str(few)]), tmp_path / "out", workers=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):

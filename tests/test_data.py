@@ -177,8 +177,6 @@ def test_place_is_the_same_on_any_mesh(folder, mesh):
     expected = np.stack([batches.rows_at(7), batches.rows_at(8)]).reshape(2, 3, 16, 17)
     assert placed.dtype == np.uint16 and placed.sharding == sharding
     assert np.array_equal(placed, expected)
-    with pytest.raises(UserError, match="48 rows a step do not divide into 5"):
-        place(batches, 7, micro_steps=5, sharding=sharding)
 
 
 PROCESS = """
@@ -301,10 +299,6 @@ def test_mixtures_need_one_tokenizer(folder):
         corpora.append(Corpus.open(folder / f"t{i}", "train", block_size=4, vocab_size=3))
     with pytest.raises(UserError, match="different tokenizers"):
         Batches(corpora, ["0.5", "0.5"], seed=1, rows=2, block_size=4)
-    with pytest.raises(UserError, match="sum to 1"):
-        Batches(corpora[:1] * 2, [0.5, 0.6], seed=1, rows=2, block_size=4)
-    with pytest.raises(UserError, match="sorted is not one of"):
-        Batches(corpora[0], seed=1, rows=2, block_size=4, order="sorted")
 
 
 # ---- Bad files
@@ -408,10 +402,8 @@ def test_prefetch_raises_in_the_consumer_and_stops_cleanly():
     with pytest.raises(UserError, match="bad batch"), prefetch(batch_at, 0, 10) as ahead:
         for step, _ in ahead:
             assert step < 2
-    release = threading.Event()
-    slow = prefetch(lambda step: release.wait(5), 0, 10**9)
-    release.set()
-    next(slow)
-    slow.close()
-    slow.close()
-    assert list(slow) == [] and threading.active_count() == before
+    release, made = threading.Event(), []
+    with prefetch(lambda step: made.append(step) or release.wait(5), 0, 10**9, depth=3) as slow:
+        release.set()
+        next(slow)
+    assert len(made) <= 4 and threading.active_count() == before

@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+import os
 import pydoc_data.topics
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -29,6 +31,7 @@ from jaxgpt.sharding import AXES, make_mesh
 from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, write_meta
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
+ROOT = Path(__file__).parents[1]
 BLOCK = 64
 KINDS = ["safetensors", "sharded", "bin"]
 # Real text that every Python has: the language reference's topics.
@@ -364,6 +367,12 @@ def test_command_prints_a_table_or_json(trained, hellaswag_records, tmp_path, ca
     evaluate.main(argv)
     table = capsys.readouterr().out
     assert source in table and f"{result['val_loss']:.4f}" in table
+    # two processes of two devices each: the same to the bit, and the first alone prints
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHON": sys.executable}
+    both = [ROOT / "scripts" / "launch_local", "2", "jaxgpt.evaluate", *argv, "--json"]
+    output = subprocess.run(both, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=100).stdout
+    printed = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert printed == [result]
 
 
 @pytest.mark.parametrize(
@@ -376,6 +385,7 @@ def test_command_prints_a_table_or_json(trained, hellaswag_records, tmp_path, ca
         (["--tasks=val", "--data_dir=nowhere"], "nowhere"),
         (["--checkpoint=newest", "--data_dir=x"], "newest is not best"),
         (["--task=val"], "did you mean --tasks"),
+        (["--tasks=val", "--data_dir=x", "--block_size=0"], "block_size=0 must be at least 1"),
     ],
 )
 def test_command_mistakes_are_one_error(trained, arguments, complaint):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -55,10 +56,8 @@ def load(folder: Path, mesh=None, **changes):
     weights = hf.open_weights(str(folder))
     config = GPTConfig(**(weights.fields | changes))
     abstract = abstract_params(config)
-    if mesh is not None:
-        describe = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        abstract = jax.tree.map(describe, abstract, tree_shardings(abstract, mesh))
-    return config, weights.params(abstract)
+    shardings = tree_shardings(abstract, mesh or make_mesh(devices=jax.devices()[:1]))
+    return config, weights.params(jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings))
 
 
 def logits(config, params, tokens) -> np.ndarray:
@@ -284,6 +283,12 @@ def test_a_missing_or_hostile_index_is_one_error(tmp_path):
     index.unlink()
     with pytest.raises(UserError, match="has no weights"):
         hf.open_weights(str(folder))
+
+
+def test_a_missing_library_is_one_error(sound, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match=r"model.safetensors needs safetensors; run: pip install 'jaxgpt\[hf\]'"):
+        hf.open_weights(str(sound))
 
 
 def test_a_name_that_cannot_be_had_is_one_error(tmp_path, monkeypatch):

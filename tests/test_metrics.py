@@ -180,5 +180,5 @@ def test_wandb_without_a_key_is_one_line(tmp_path, tiny_config, monkeypatch):
 def test_a_missing_tracker_is_one_line(tiny_config, monkeypatch, key, module):
     monkeypatch.setitem(sys.modules, module, None)
     check_trackers(tiny_config())
-    with pytest.raises(UserError, match=rf"{key} needs the package {module}: pip install 'jaxgpt\[track\]'"):
+    with pytest.raises(UserError, match=rf"{key} needs {module}; run: pip install 'jaxgpt\[track\]'"):
         check_trackers(tiny_config(**{key: True}))

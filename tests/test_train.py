@@ -312,7 +312,7 @@ MISTAKES = {
     "attention": (lambda m: m.run(attention="cudnn"), "attention=cudnn needs an NVIDIA GPU"),
     "steps per call": (lambda m: m.run(steps_per_call=2), "steps_per_call=2 must divide eval_interval=3"),
     "documents": (lambda m: m.run(doc_mask=True), "doc_mask needs a tokenizer with an end-of-text token"),
-    "tracker": (lambda m: m.run(wandb_log=True), "wandb_log needs the package wandb: pip install"),
+    "tracker": (lambda m: m.run(wandb_log=True), "wandb_log needs wandb; run: pip install"),
     "task": (lambda m: m.run(eval_tasks="trivia"), "there is no task 'trivia'"),
     "task file": (lambda m: m.run(eval_tasks="hellaswag=no.jsonl"), "no.jsonl cannot be read"),
     "out_dir under a file": (lambda m: m.run(out_dir=m.tokens / "val.bin" / "run"), "cannot be written"),

@@ -1,14 +1,16 @@
 """Shakespeare in GPT-2 tokens: train.bin, val.bin and meta.json in this folder. --help: its sources."""
 
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt.config import run_main
-from jaxgpt.shakespeare import prepare
 
 
 def main(argv: Sequence[str]) -> None:
-    prepare(argv, "gpt2", Path(__file__).parent)
+    folder = Path(__file__).parent
+    characters = runpy.run_path(str(folder.with_name("shakespeare_char") / "prepare.py"))
+    characters["prepare"](argv, "gpt2", folder)
 
 
 if __name__ == "__main__":
