@@ -83,8 +83,9 @@ class Corpus:
         for path in paths:
             size = path.stat().st_size if path.is_file() else 0
             if size == 0 or size % width or size != width * tokens.get(path, size // width):
-                what = f"has {size:,} bytes, not {width} for each token" if size else "is missing or empty"
-                raise UserError(f"{path} {what}; it is truncated or damaged: run its prepare.py again")
+                expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
+                what = f"has {size:,} bytes, not {expected}" if size else "is missing or empty"
+                raise UserError(f"{path} {what}: it is truncated or damaged; run its prepare.py again")
         if meta.vocab_size > vocab_size:
             raise UserError(
                 f"{folder} has a vocabulary of {meta.vocab_size:,}, the model one of {vocab_size:,}; "

@@ -188,7 +188,8 @@ def _meta(folder: Path, config: Mapping[str, Any]) -> Meta:
 def _download(name: str) -> Path:
     """The hub's files of one of OpenAI's models, in huggingface_hub's cache. UserError without network or library."""
     hub = optional("huggingface_hub", "jaxgpt[hf]", f"fetching {name}")
-    http_error = hub.errors.HfHubHTTPError.__bases__[0]  # of the client underneath: httpx in 1.x, httpx2 in 2.x
+    errors = optional("huggingface_hub.errors", "jaxgpt[hf]", f"fetching {name}")
+    http_error = errors.HfHubHTTPError.__bases__[0]  # of the client underneath: httpx in 1.x, httpx2 in 2.x
     wanted = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     try:
         return Path(hub.snapshot_download(f"openai-community/{name}", allow_patterns=wanted))
