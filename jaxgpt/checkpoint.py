@@ -5,7 +5,10 @@
 its name after all of it has been written, synced and read back, and only then older ones go. No pickle is involved.
 """
 
+import contextlib
+import copy
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -14,7 +17,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +29,32 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from jaxgpt import UserError
+from jaxgpt.guard import LOCK
 
 log = logging.getLogger(__name__)
 # Orbax narrates each save through absl's logger, failures with a traceback; they all reach us as exceptions, see below.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _without_leaks() -> None:
+    """TensorStore (0.1.80 to 0.1.86 at least) never frees what it returns as JSON. At each save Orbax asks it for all
+    counters, as telemetry, and for each array for the same folder's spec: 30 KiB lost for 20 arrays. Now it gets no
+    counters, and a spec that it asked for last from memory."""
+    to_json, last = ts.KvStore.Spec.to_json, {}
+
+    def to_json_once(self: ts.KvStore.Spec, include_defaults: bool = False) -> Any:
+        key = repr((self, include_defaults))
+        if (found := last.get(key)) is None:
+            found = to_json(self, include_defaults=include_defaults)
+            last.clear()
+            last[key] = found
+        return copy.deepcopy(found)
+
+    ts.KvStore.Spec.to_json = to_json_once
+    ts.experimental_collect_matching_metrics = lambda *args, **kwargs: []
+
+
+_without_leaks()
 
 TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
 SAVE_TIMEOUT_S = 600  # bounds a save in the background, and the wait for a process that failed to write its part
@@ -48,10 +73,11 @@ class Checkpoints:
 
     def __init__(self, out_dir: str | os.PathLike, *, keep: int = 2):
         self.folder, self.keep = Path(out_dir).absolute() / "checkpoints", max(1, keep)
+        self._lock, self._locked = self.folder.with_name(LOCK), False
         self._first = jax.process_index() == 0
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None  # of the save in the background
+        self._error: Exception | None = None  # of the save under way
         self._saving: tuple[int, dict] | None = None  # step and info of that save
         self._saved: tuple[int, dict] | None = None  # of the newest known to be on disk, saved or restored
         self._ok = True  # whether the last save succeeded
@@ -63,29 +89,18 @@ class Checkpoints:
         """Steps that have a checkpoint, ascending, sound or not: empty means that there is nothing to resume."""
         return _from_first(self._steps())
 
-    def best_step(self) -> int | None:
-        """The step with the lowest validation loss, if any has one."""
-        return next(iter(_from_first(self._ranked(self._infos())[:1])), None)
-
     def _steps(self) -> list[int]:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,8}", name))
 
-    def _infos(self) -> dict[int, dict]:
-        """Step to info, ascending, of the checkpoints whose record is whole."""
-        infos = {}
-        for step in sorted(set(self._steps()) - self._unsound):
-            try:
-                infos[step] = self._record(step)["info"]
-            except ValueError as error:
-                log.debug("checkpoint %d: %s", step, error)
-        return infos
-
-    @staticmethod
-    def _ranked(infos: dict[int, dict]) -> list[int]:
-        """Steps with a finite validation loss, best first; of equals the older."""
-        losses = [(info.get("val_loss"), step) for step, info in infos.items()]
-        return [step for _, step in sorted((x, step) for x, step in losses if x is not None and math.isfinite(x))]
+    def _whole(self) -> tuple[list[int], list[int]]:
+        """Steps, ascending, whose record is whole; and, if any has a validation loss, the one with the lowest."""
+        losses = {}
+        for step in set(self._steps()) - self._unsound:
+            with contextlib.suppress(ValueError):
+                losses[step] = self._record(step)["info"].get("val_loss")
+        finite = sorted((x, step) for step, x in losses.items() if x is not None and math.isfinite(x))
+        return sorted(losses), [step for _, step in finite[:1]]
 
     def _record(self, step: int) -> dict:
         """The checkpoint's record, its seal checked. Raises ValueError."""
@@ -109,46 +124,52 @@ class Checkpoints:
         """
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))
-        relabel = self._saved is not None and self._saved[0] == step
-        if self._saved and relabel and (info.get("val_loss") is None or self._saved[1].get("val_loss") is not None):
+        on_disk = self._saved is not None and self._saved[0] == step
+        if self._saved and on_disk and (info.get("val_loss") is None or self._saved[1].get("val_loss") is not None):
+            self._ok = True
             return
-        arrays, _ = _flat(state)
-        sums = {} if relabel else digests(arrays)
-        record = {"step": step, "info": info, "arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items() if sums}}
-        self._saving, working = (step, info), self.folder / f"{step}{TMP}"
-        try:
-            if self._first and relabel:
-                _write_record(self.folder / str(step), {**self._record(step), "info": info})
-            elif self._first:  # a folder that cannot be written is found out before any process waits for another
-                shutil.rmtree(working, ignore_errors=True)
-                working.mkdir(parents=True)
-                need, free = sum(x.nbytes for x in arrays.values()) + SPARE, shutil.disk_usage(working).free
-                if free < need:  # Orbax would find out too, but with the tracebacks of all its writes
-                    working.rmdir()
-                    raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {need:,} needed")
-        except FAILURES as error:
-            self._error = error
-        if relabel or not _everywhere(self._error is None):
+        arrays, working = _flat(state)[0], self.folder / f"{step}{TMP}"
+        sums = {} if on_disk else digests(arrays)
+        self._saving = step, info
+        with self._noting_failure():
+            if self._first:  # a folder that cannot be written is found out before any process waits for another
+                self._check_folder()
+                if on_disk:
+                    _write_record(self.folder / str(step), {**self._record(step), "info": info})
+                else:
+                    _make_room(working, sum(x.nbytes for x in arrays.values()) + SPARE)
+        if on_disk or not _everywhere(self._error is None):
             self.wait()
             return
-        try:
+        with self._noting_failure():
             if self._orbax is None:
                 handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
                 self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_TIMEOUT_S)
             self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
-        except FAILURES as error:
-            self._error = error
+        record = {"step": step, "info": info, "arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items()}}
         self._thread = threading.Thread(target=self._finish, args=(self._orbax, record, working), name="checkpoint")
         self._thread.start()
 
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """Within it a failure is not raised, but kept for `wait`: the first one of a save."""
+        try:
+            yield
+        except FAILURES as error:
+            self._error = self._error or error
+
+    def _check_folder(self) -> None:
+        """Raises OSError where the run's folder was moved or its disk unmounted: what is saved to the same path then
+        would hide what is there, or be hidden, when it comes back."""
+        if self._locked and not self._lock.exists():
+            raise OSError(f"{self._lock}, there since the run began, is gone: was its disk unmounted?")
+
     def _finish(self, orbax: ocp.AsyncCheckpointer, record: dict, working: Path) -> None:
         """In the background: awaits the writes of all processes, then process 0 commits."""
-        try:
+        with self._noting_failure():
             orbax.wait_until_finished()
             if self._first and self._error is None:
                 self._commit(record, working)
-        except FAILURES as error:
-            self._error = self._error or error
         if self._first:
             shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
 
@@ -162,18 +183,20 @@ class Checkpoints:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        final = self.folder / str(record["step"])
+        self._check_folder()
+        step, final = record["step"], self.folder / str(record["step"])
         if final.exists():  # damaged and passed over, or of a branch that the run has left
-            self._remove(record["step"])
+            self._remove(step)
         working.rename(final)
-        self._unsound.discard(record["step"])
+        self._unsound.discard(step)
         # Later steps than the one just saved belong to a branch that the run has left by resuming before them: they go.
-        infos = {step: info for step, info in self._infos().items() if step <= record["step"]}
-        for step in set(self._steps()) - {*list(infos)[-self.keep :], *self._ranked(infos)[:1]}:
+        self._unsound.update(later for later in self._steps() if later > step)
+        whole, best = self._whole()
+        for old in {*self._steps()} - {*whole[-self.keep :], *best}:
             try:
-                self._remove(step)
+                self._remove(old)
             except OSError as error:
-                log.warning("checkpoint %d is no longer needed but cannot be removed: %s", step, _brief(error))
+                log.warning("checkpoint %d is no longer needed but cannot be removed: %s", old, _brief(error))
 
     def _remove(self, step: int) -> None:
         """Renames first: a removal cut short must not leave half a checkpoint."""
@@ -203,6 +226,7 @@ class Checkpoints:
 
     def remove_leftovers(self) -> None:
         """Removes what killed saves and removals left. For a run that holds its folder's lock, at its start."""
+        self._locked = self._lock.exists()
         for path in self.folder.glob(f"*{TMP}") if self._first else ():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -217,15 +241,15 @@ class Checkpoints:
         """
         self.wait()
         wanted, treedef = _flat(abstract_state)
-        steps = [step for step in reversed(self._steps()) if isinstance(which, str) or step == which]
-        best = self._ranked(self._infos())[:1] if which == "best" else []
+        steps = [step for step in reversed(self.steps()) if isinstance(which, str) or step == which]
+        best = _from_first(self._whole()[1]) if which == "best" else []
         problems, other_model = [], ""
-        for step in _from_first(list(dict.fromkeys(best + steps))):
+        for step in dict.fromkeys(best + steps):
             record, arrays, problem = {}, {}, ""
             try:
                 record = self._record(step)
-                problem = _difference(record, wanted)
-                other_model = other_model or problem
+                problem = other = _difference(record, wanted)
+                other_model = other_model or other
                 arrays = {} if problem else self._read(record, wanted)
             except FAILURES as error:
                 problem = _brief(error)
@@ -316,16 +340,15 @@ def _kind(x: Any) -> tuple[str, list[int]]:
 
 
 def _difference(record: dict, wanted: dict[str, Any]) -> str:
-    """How the arrays on record differ from the wanted ones in name, type or shape; "" if they do not."""
+    """Where the arrays on record first differ from the wanted ones in name, type or shape; "" if they do not."""
     fields = {path.split(".")[0] for path in wanted}
     there = {path: (of[0], of[1]) for path, of in record["arrays"].items() if path.split(".")[0] in fields}
     here = {path: _kind(x) for path, x in wanted.items()}
-    differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
-    if not differing:
-        return ""
-    one, other = ("{}{}".format(*of[differing[0]]) if differing[0] in of else "absent" for of in (there, here))
-    more = f" (and {len(differing) - 1} more)" if differing[1:] else ""
-    return f"{differing[0]} is {one} there, {other} here{more}"
+    for path in {**here, **there}:
+        if here.get(path) != there.get(path):
+            one, other = ("{}{}".format(*of[path]) if path in of else "absent" for of in (there, here))
+            return f"{path} is {one} there, {other} here"
+    return ""
 
 
 def _seal(record: dict) -> str:
@@ -340,6 +363,16 @@ def _write_record(folder: Path, record: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(folder / "record.json")
+
+
+def _make_room(working: Path, need: int) -> None:
+    """An empty folder with `need` bytes free. Raises OSError; Orbax would, with the tracebacks of all its writes."""
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    free = shutil.disk_usage(working).free
+    if free < need:
+        working.rmdir()
+        raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {need:,} needed")
 
 
 def _files(folder: Path) -> dict[str, list]:
@@ -374,14 +407,14 @@ def _open(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
 
 def _load(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
     """The array on the devices, each process reading what its own devices hold, and that once."""
-    blocks: dict[str, np.ndarray] = {}
 
-    def block(index: tuple[slice, ...] | None) -> np.ndarray:
-        if str(index) not in blocks:
-            blocks[str(index)] = store[index or ()].read().result()
-        return blocks[str(index)]
+    @functools.cache
+    def block(*bounds: tuple[int | None, int | None]) -> np.ndarray:
+        return store[tuple(slice(*ends) for ends in bounds)].read().result()
 
-    return jax.make_array_from_callback(store.shape, sharding, block)
+    return jax.make_array_from_callback(
+        store.shape, sharding, lambda index: block(*((ends.start, ends.stop) for ends in index or ()))
+    )
 
 
 # --- agreement between processes ---
@@ -393,8 +426,8 @@ def _everywhere(ok: bool) -> bool:
 
 
 def _from_first(steps: list[int]) -> list[int]:
-    """Process 0's steps (the first 64) on every process, so that all decide alike, whatever their file systems show."""
+    """Process 0's steps (the last 64) on every process, so that all decide alike, whatever their file systems show."""
     if jax.process_count() == 1:
         return steps
-    table = np.array([*steps[:64], *[-1] * (64 - len(steps))], np.int32)
+    table = np.array([*steps[-64:], *[-1] * (64 - len(steps))], np.int32)
     return [int(step) for step in np.asarray(multihost_utils.broadcast_one_to_all(table)) if step >= 0]

@@ -3,8 +3,10 @@
 import contextlib
 import enum
 import faulthandler
+import itertools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -17,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client, the only way to the coordinator's keys, has no public name
 from jax.experimental import multihost_utils
 
 from jaxgpt import UserError
@@ -28,6 +31,8 @@ except ImportError:  # Windows: one writer per folder is then up to the user
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # the file of a run's folder that is there as long as the run holds it
+FOREVER_MS = 10**12
 LOCK_HELD_GRACE_S = 30.0  # how long the watchdog's thread may wait for the interpreter's lock
 
 
@@ -51,7 +56,7 @@ class RunLock:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self._path = Path(folder).absolute() / ".lock"
+        self._path = Path(folder).absolute() / LOCK
         self._handle = -1
         self._made: list[Path] = []
 
@@ -106,30 +111,33 @@ class RunLock:
 
 
 class Stop:
-    """A context in which SIGTERM and SIGINT ask the run to stop, and a second one ends it at once.
+    """A context in which SIGTERM and SIGINT ask the run to stop, and a second one ends the process at once.
 
-    Enter it after `jax.distributed.initialize`. With one process the signals are handled here, by a thread, so that a
-    compilation cannot hold them up. With several, SIGTERM stays with JAX's preemption service (a Python handler would
-    turn that off): a notice to any process makes `requested` true on all of them, at the same call.
+    Enter it after `jax.distributed.initialize`. A thread handles the signals, so that a compilation cannot hold them
+    up. With several processes, the one that gets a signal tells all through the coordinator. Each then holds its next
+    call of `requested` until it knows how many calls every one has made, and all stop at the first that none has made.
+    (JAX's preemption service does the same, but looks for signals once a second.)
     """
 
     def __init__(self) -> None:
-        self._several = jax.process_count() > 1
-        self._signal = 0  # the first one received
-        self._asked = 0
+        self._calls, self._stop_at = 0, math.inf  # calls of `requested`, and the first of them that says yes
+        self._counting = threading.Lock()
         self._old: dict[int, Any] = {}  # handlers to put back
         self._old_fd = -1
         self._bell: socket.socket | None = None  # gets a byte, the signal's number, from C as soon as a signal arrives
+        self._several = jax.process_count() > 1
+        self._agreeing = threading.Thread(target=self._agree, name="stop", daemon=True)
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             ear, self._bell = socket.socketpair()
             self._bell.setblocking(False)
             self._old_fd = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-            self._handle(signal.SIGINT)
-            if not self._several:
-                self._handle(signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM):  # a handler must be there, but the bell does the work
+                self._old[number] = signal.signal(number, lambda *_: None)
             threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
+        if self._several:
+            self._agreeing.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -137,34 +145,49 @@ class Stop:
             for number, handler in self._old.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_fd)
-            self._bell.close()  # ends the thread
+            self._bell.close()  # ends its thread
+        if self._several and exception[0] is None:  # else this process is ended, not left
+            self._tell(jax.process_index())
+            self._agreeing.join()  # until all are here: a process cannot end in peace while a thread waits for a key
 
     def requested(self) -> bool:
         """Whether to stop now: save, and exit with Exit.STOPPED. With several processes each calls it equally often,
         and at least once a step; all get True at the same call, and from then on."""
-        self._asked += 1
-        if self._several and not self._signal and multihost_utils.reached_preemption_sync_point(self._asked):
-            self._signal = signal.SIGTERM
-            if self._bell:
-                self._handle(signal.SIGTERM)  # JAX has done its part; the next one is the second
-        return self._signal > 0
-
-    def _handle(self, number: int) -> None:
-        self._old[number] = signal.signal(number, lambda *_: None)  # it must be there, but the bell does the work
+        with self._counting:
+            self._calls += 1
+            return self._calls >= self._stop_at
 
     def _listen(self, ear: socket.socket) -> None:
-        forwarded = False
-        while data := ear.recv(1):
-            number = data[0]
-            if self._signal or forwarded:
-                os._exit(128 + number)
-            print(f"{signal.Signals(number).name}: saving, then stopping; once more stops at once", file=sys.stderr)
-            if self._several:
-                forwarded = True
-                os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
+        for count in itertools.count():
+            data = ear.recv(1)
+            if not data:
+                return ear.close()
+            if count:
+                os._exit(128 + data[0])
+            print(f"{signal.Signals(data[0]).name}: saving, then stopping; once more stops at once", file=sys.stderr)
+            if self._several:  # by a thread of its own: should that take long, a second signal is heard all the same
+                threading.Thread(target=self._tell, args=range(jax.process_count()), daemon=True).start()
             else:
-                self._signal = number
-        ear.close()
+                self._stop_at = 0
+
+    @staticmethod
+    def _tell(*processes: int) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: JAX ends this process
+            for process in processes:
+                _client().key_value_set(f"jaxgpt/stop/{process}", "", allow_overwrite=True)
+
+    def _agree(self) -> None:
+        client, me = _client(), jax.process_index()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.blocking_key_value_get(f"jaxgpt/stop/{me}", FOREVER_MS)
+            with self._counting:
+                client.key_value_set(f"jaxgpt/calls/{me}", str(self._calls), allow_overwrite=True)
+                keys = (f"jaxgpt/calls/{process}" for process in range(jax.process_count()))
+                self._stop_at = 1 + max(int(client.blocking_key_value_get(key, FOREVER_MS)) for key in keys)
+
+
+def _client() -> Any:
+    return distributed.global_state.client
 
 
 class Watchdog:

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -53,8 +53,7 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
             raise UserError(
                 "JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; set it to HOST:PORT of process 0"
             )
-        known = {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "cluster_detection_method": "deactivate"}
-        return {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID"), **known}
+        return _cluster(count, _number(env, "JAX_PROCESS_ID"), env["JAX_COORDINATOR_ADDRESS"])
 
     if "RANK" in env and "MASTER_ADDR" in env:
         env = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", **env}  # some set no more than the four of the whole
@@ -62,21 +61,22 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
         port = _number(env, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in env)
         address = f"{env['MASTER_ADDR']}:{env.get('JAX_COORDINATOR_PORT', port)}"
         count, index, here, local = (_number(env, name) for name in TORCHRUN)
-        return _cluster(count, index, here, local, env, address)
+        return _cluster(count, index, address, gpus=_own_gpus(here, local, env))
 
     if "OMPI_COMM_WORLD_RANK" in env:
         count, index, here, local = (_number(env, name) for name in OPEN_MPI)
         if launcher := re.fullmatch(r"prterun-(.+)-(\d+)@\d+", env.get("PMIX_NAMESPACE", "")):  # Open MPI 5
-            port = env.get("JAX_COORDINATOR_PORT", 61440 + int(launcher[2]) % 4096)
-            return _cluster(count, index, here, local, env, f"{launcher[1]}:{port}")
-        return _cluster(count, index, here, local, env, method="ompi")
+            address = f"{launcher[1]}:{env.get('JAX_COORDINATOR_PORT', 61440 + int(launcher[2]) % 4096)}"
+        else:
+            address = None
+        return _cluster(count, index, address, "deactivate" if address else "ompi", _own_gpus(here, local, env))
 
     if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         count, index = _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_PROCID")
         runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # 8(x2),4 is 8, 8, 4
         tasks = [int(n) for n, times in runs for _ in range(int(times or 1))]
         here = tasks[min(_number(env, "SLURM_NODEID"), len(tasks) - 1)]
-        return _cluster(count, index, here, _number(env, "SLURM_LOCALID"), env, method="slurm")
+        return _cluster(count, index, method="slurm", gpus=_own_gpus(here, _number(env, "SLURM_LOCALID"), env))
 
     if importlib.util.find_spec("libtpu"):
         hosts = (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or "").split(",")
@@ -87,10 +87,8 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
 
     if "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env:
         if not importlib.util.find_spec("kubernetes"):
-            raise UserError(
-                "this pod is of an indexed Kubernetes Job, and finding the others needs pip install kubernetes; "
-                "set JAX_NUM_PROCESSES=1 if it is to train alone"
-            )
+            hint = "needs pip install kubernetes; set JAX_NUM_PROCESSES=1 if it is to train alone"
+            raise UserError(f"this pod is of an indexed Kubernetes Job, and finding the others {hint}")
         return {}
     return None
 
@@ -103,28 +101,28 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _cluster(
-    count: int, index: int, here: int, local: int, env: Mapping[str, str], address: str | None = None, method: str = ""
+    count: int, index: int, address: str | None = None, method: str = "deactivate", gpus: Sequence[int] = ()
 ) -> dict[str, Any] | None:
     if count == 1:
         return None
-    known = {"num_processes": count, "process_id": index, "cluster_detection_method": method or "deactivate"}
-    if address:
-        known["coordinator_address"] = address
-    if "JAX_LOCAL_DEVICE_IDS" not in env and (gpus := _own_gpus(here, local, env)):
-        known["local_device_ids"] = gpus  # without it JAX takes one, even where this process has the host to itself
-    return known
+    known = {"coordinator_address": address} if address else {}
+    known |= (
+        {"local_device_ids": gpus} if gpus else {}
+    )  # else JAX takes one, even where a process has the host to itself
+    return {"num_processes": count, "process_id": index, "cluster_detection_method": method, **known}
 
 
 def _own_gpus(here: int, local: int, env: Mapping[str, str]) -> list[int]:
-    """The share of process `local` of the `here` ones on this host in the GPUs that they see; empty without GPUs."""
+    """The share of process `local` of the `here` ones on this host in the GPUs that they see; empty: JAX finds out."""
     gpus = count_gpus(env)
+    if "JAX_LOCAL_DEVICE_IDS" in env:
+        return []
     if gpus == 1 and "CUDA_VISIBLE_DEVICES" in env:  # the launcher has shared them out
         return [0]
     share, rest = divmod(gpus, here)
     if rest:
-        raise UserError(
-            f"{here} processes cannot share this host's {gpus} GPUs evenly; start a number that divides {gpus}"
-        )
+        hint = f"start a number that divides {gpus}"
+        raise UserError(f"{here} processes cannot share this host's {gpus} GPUs evenly; {hint}")
     return list(range(local * share, (local + 1) * share))
 
 
@@ -172,13 +170,12 @@ class Processes:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self._left.set()
             self._watcher.join()
-            return
-        if isinstance(error, UserError):
-            self._end({"status": error.status, "message": str(error)})
-        if re.search(PEER_GONE, str(error)):
-            self._end({"status": 1, "message": f"another process went away: {error}"})
-        interrupted = isinstance(error, KeyboardInterrupt)
-        self._end({"status": 130 if interrupted else 1, "message": f"{type(error).__name__}: {error}"}, error)
+        elif isinstance(error, UserError):
+            self._end(error.status, str(error))
+        elif re.search(PEER_GONE, str(error)):
+            self._end(1, f"another process went away: {error}")
+        else:
+            self._end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}", error)
 
     def _connect(self, cluster: dict[str, Any], timeout: float) -> None:
         # JAX aborts the process when its own time is up; ours comes first and says why
@@ -189,58 +186,55 @@ class Processes:
             "initialization_timeout": int(timeout) + 60,
             "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT_S,
         }
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from guard.Stop
         try:
             jax.distributed.initialize(**cluster, **times)
         except (RuntimeError, ValueError, OSError) as error:
             if not cluster and distributed.global_state.coordinator_address is None:
                 self._cluster = None  # a TPU that is not of a pod
                 return
-            hint = "JAX_NUM_PROCESSES=1 if it is to run alone"
-            raise UserError(f"this process cannot join the others ({error}); set {hint}") from None
+            hint = "set JAX_NUM_PROCESSES=1 if it is to run alone"
+            raise UserError(f"this process cannot join the others ({error}); {hint}") from None
         finally:
             alarm.cancel()
 
     @staticmethod
     def _nobody_came(timeout: float) -> None:
         state = distributed.global_state
-        who = f"process {state.process_id} of {state.num_processes or 'several'}"
-        host, _, port = (state.coordinator_address or "").rpartition(":")
+        who, at = f"process {state.process_id} of {state.num_processes or 'several'}", state.coordinator_address or ":"
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((at.rpartition(":")[0], int(at.rpartition(":")[2])), timeout=5).close()
             found = "it answers, but not all processes came: see which did not start, or started with another number"
         except (OSError, ValueError) as error:
             found = f"nothing answers there ({error}): see whether process 0 started, and its port can be reached"
-        at = state.coordinator_address or "an address that JAX did not find out"
-        print(
-            f"error: {who} waited {timeout:g} s for the others, coordinator {at}; {found}", file=sys.stderr, flush=True
-        )
+        text = f"error: {who} waited {timeout:g} s for the others, coordinator {at}; {found}"
+        print(text, file=sys.stderr, flush=True)
         os._exit(2)
 
     def _watch(self) -> None:
         while not self._left.wait(POLL_S):
-            try:
-                cause = json.loads(_client().key_value_try_get(FAILURE))
-            except jax.errors.JaxRuntimeError:  # no such key; or no coordinator, which JAX deals with
-                continue
-            self._end(cause)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key; or no coordinator: JAX deals with that
+                _client().key_value_try_get(FAILURE)
+                self._end(1, "another process failed")
 
-    def _end(self, cause: dict[str, Any], error: BaseException | None = None) -> None:
+    def _end(self, status: int, message: str, error: BaseException | None = None) -> None:
         """Ends this process with the first failure's cause: this one, unless another was there before."""
         self._ending.acquire()  # for good
-        cause = {"process": _index(), "host": socket.gethostname(), **cause}
+        cause = [_index(), socket.gethostname(), status, " ".join(message.split())]
         try:
             _client().key_value_set(FAILURE, json.dumps(cause))
         except jax.errors.JaxRuntimeError:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
                 cause = json.loads(_client().key_value_try_get(FAILURE))
+        process, host, status, message = cause
         sys.stdout.flush()
-        if cause["process"] == _index() and error is not None:
+        if process == _index() and error is not None:
             traceback.print_exception(error)
-        by = "" if cause["process"] == _index() else f"process {cause['process']} on {cause['host']}: "
-        print(f"error: {by}{' '.join(cause['message'].split())}", file=sys.stderr, flush=True)
+        by = "" if process == _index() else f"process {process} on {host}: "
+        print(f"error: {by}{message}", file=sys.stderr, flush=True)
         if _index() == 0:
             time.sleep(LINGER_S)
-        os._exit(cause["status"])
+        os._exit(status)
 
 
 def start_timeout() -> float:

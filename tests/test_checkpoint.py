@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is bit for bit what was saved, or an older checkpoint, or an error; nothing else."""
 
+import gc
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError, checkpoint
 from jaxgpt.checkpoint import Checkpoints, digests
+from jaxgpt.guard import RunLock
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "uint16", "int8", "bool"]
 
@@ -174,7 +176,7 @@ def test_opens_params_alone_without_reading_the_rest(tmp_path):
 
 def test_opening_nothing_writes_nothing(tmp_path):
     ckpts = Checkpoints(tmp_path / "absent")
-    assert ckpts.steps() == [] and ckpts.best_step() is None
+    assert ckpts.steps() == []
     with pytest.raises(UserError, match="no checkpoint in .*absent"):
         ckpts.restore(abstract(sample_state(0)))
     assert list(tmp_path.iterdir()) == []
@@ -193,7 +195,7 @@ def test_keeps_the_newest_and_the_best(tmp_path_factory, losses, keep):
         save_all(folder, {step: {"x": jnp.full(3, step)}}, keep=keep, infos={step: {"val_loss": loss}})
     expected = set(range(len(losses))[-keep:]) | ({best} if best is not None else set())
     ckpts = Checkpoints(folder)
-    assert set(ckpts.steps()) == expected and ckpts.best_step() == best
+    assert set(ckpts.steps()) == expected
     assert sorted(p.name for p in ckpts.folder.iterdir()) == sorted(map(str, expected))
     if best is not None:
         restored, info, step = ckpts.restore({"x": jax.ShapeDtypeStruct((3,), jnp.int32)}, "best")
@@ -368,6 +370,40 @@ def test_a_folder_that_cannot_be_written_costs_one_save(tmp_path, caplog):
     assert ckpts.wait() and ckpts.steps() == [2]
 
 
+@pytest.mark.parametrize("when", ["before a save", "amid a save"])
+def test_a_folder_that_goes_away_costs_the_saves_till_it_is_back(tmp_path, caplog, when):
+    """As when its disk is unmounted: the bare path beneath must not get what then hides, or is hidden by, the rest."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    state, copy = {"w": jnp.ones((64, 64))}, shutil.disk_usage
+    with RunLock(run):
+        ckpts = Checkpoints(run)
+        ckpts.remove_leftovers()
+        ckpts.save(1, state, {})
+        assert ckpts.wait()
+
+        def go_away(*_):
+            run.rename(away)
+            run.mkdir()
+            return copy(tmp_path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if when == "amid a save":
+                patch.setattr(checkpoint.shutil, "disk_usage", go_away)
+            else:
+                go_away()
+            ckpts.save(2, state, {})
+            assert not ckpts.wait()
+        ckpts.save(3, state, {})
+        assert not ckpts.wait() and not list(run.rglob("record.json"))
+        assert "CHECKPOINT 2 NOT SAVED" in caplog.text and "the newest on disk is 1" in caplog.text
+        assert "CHECKPOINT 3 NOT SAVED" in caplog.text and "was its disk unmounted?" in caplog.text
+        shutil.rmtree(run)
+        away.rename(run)
+        ckpts.save(4, state, {})
+        assert ckpts.wait() and ckpts.steps() == [1, 4]
+    assert_same_bits(Checkpoints(run).restore(abstract(state), 1)[0], state)
+
+
 def test_a_save_that_reads_back_differently_is_a_failed_save(tmp_path, caplog):
     ckpts = save_all(tmp_path, {1: {"w": jnp.zeros(3)}}, keep=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -375,6 +411,17 @@ def test_a_save_that_reads_back_differently_is_a_failed_save(tmp_path, caplog):
         ckpts.save(2, {"w": jnp.ones(3)}, {})
         assert not ckpts.wait()
     assert "array w reads back differently" in caplog.text and ckpts.steps() == [1]
+
+
+def test_saves_leave_nothing_in_memory(tmp_path):
+    """Blocks that Python still holds after a save: some 380 with what TensorStore leaks, under 100 without."""
+    ckpts, state, counts = Checkpoints(tmp_path, keep=1), {str(i): jnp.ones(4) for i in range(20)}, []
+    for step in range(18):
+        ckpts.save(step, state, {})
+        assert ckpts.wait()
+        gc.collect()
+        counts.append(sys.getallocatedblocks())
+    assert np.median(np.diff(counts[6:])) < 200
 
 
 # --- processes ---
