@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     c.min_lr = 6e-5
     # hardware
     c.dtype = "auto"  # auto (bfloat16 where it is fast) | bfloat16 | float16 | float32
-    c.matmul_dtype = "auto"  # auto (= dtype) | fp8: the MLP's and the vocabulary's products while training (H100 on)
+    c.matmul_dtype = "auto"  # auto: dtype | fp8: the MLP's and the vocabulary's products while training
     c.attention = "auto"  # auto | cudnn | xla
     c.kernels = "auto"  # the GPU kernels in jaxgpt/ops: auto | on | off
     c.accumulation = "auto"  # auto | multisteps (optax.MultiSteps) | sum

@@ -46,7 +46,7 @@ class Generator:
     """
 
     def __init__(self, config: GPTConfig, params: Params, *, vocab_size: int | None = None):
-        self.config = dataclasses.replace(config, dropout=0.0, remat="none", matmul_dtype="auto")
+        self.config = dataclasses.replace(config, dropout=0.0, remat="none")
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.weights = _prepare(self.config, params)
 

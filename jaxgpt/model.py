@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt import UserError
+from jaxgpt.ops import fp8
 from jaxgpt.ops.attention import attention
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
 from jaxgpt.ops.dropout import dropout
@@ -42,6 +43,7 @@ class GPTConfig:
     attention: str = "xla"  # xla | cudnn
     kernels: bool = False  # the GPU kernels of jaxgpt/ops in place of their plain twins
     remat: str = "none"  # none | block: recompute each block in the backward pass
+    matmul_dtype: str = "auto"  # auto: dtype | fp8: 8 bits in the products of the MLP and of the vocabulary
     doc_mask: int = -1  # this token ends a document and attention does not cross it; -1: no boundaries
 
     def __post_init__(self):
@@ -161,6 +163,10 @@ class MLP(nnx.Module):
         self.c_proj = _linear(config, 4 * config.n_embd, config.n_embd, 0.02 / math.sqrt(2 * config.n_layer), rngs)
 
     def __call__(self, x: Float[Array, "BT C"]) -> Float[Array, "BT C"]:
+        if self.config.matmul_dtype == "fp8":
+            b_fc, b_proj = (None if b is None else b[...] for b in (self.c_fc.bias, self.c_proj.bias))
+            y = fp8.mlp(x, self.c_fc.kernel[...], b_fc, self.c_proj.kernel[...], kernel=self.config.kernels)
+            return y if b_proj is None else y + b_proj.astype(y.dtype)
         return self.c_proj(gelu(self.c_fc(x), kernel=self.config.kernels))
 
 
@@ -268,7 +274,8 @@ class GPT(nnx.Module):
         x, _ = self.hidden(tokens, seed=seed)
         c = self.config
         table = self.wte.embedding[...]  # float32: its gradient is then not rounded to the computation's dtype
-        return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, kernel=c.kernels)
+        fast = {"kernel": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
+        return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, **fast)
 
 
 def init_params(config: GPTConfig, key: Array, dtype: str = "float32") -> Params:

@@ -1,5 +1,6 @@
 """The training state and the compiled steps: everything that changes parameters happens here."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.model import GPTConfig, Params, bind, init_params
+from jaxgpt.ops import fp8
 from jaxgpt.optim import learning_rate, make_optimizer
 from jaxgpt.sharding import (
     BATCH_AXES,
@@ -47,6 +49,8 @@ def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int 
             "attention=cudnn needs an NVIDIA GPU of the Ampere generation or newer, bfloat16 or float16, and heads "
             "no larger than 128; leave it at auto"
         )
+    if config.matmul_dtype == "fp8":
+        check_fp8(config, dtype, nvidia and float(device.compute_capability) >= 8.9, mesh)
     fastest = "cudnn" if cudnn and not config.doc_mask else "xla"
     kernels = ampere and mesh.shape["tensor"] == 1
     check_heads(config.n_head, mesh)
@@ -64,6 +68,21 @@ def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int 
         remat=config.remat,
         doc_mask=eot if config.doc_mask and eot is not None else -1,
     )
+
+
+def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> None:
+    """Raises UserError where FP8 products cannot run, or not by the kernels."""
+    rows = config.batch_size * config.block_size
+    if not hardware or dtype != "bfloat16" or mesh.shape["tensor"] > 1:
+        raise UserError(
+            "matmul_dtype=fp8 needs NVIDIA GPUs of compute capability 8.9 or more (Ada, Hopper, newer), bfloat16 and "
+            "mesh_tensor=1; leave it at auto"
+        )
+    if config.n_embd % fp8.MULTIPLE or rows % fp8.MULTIPLE:
+        raise UserError(
+            f"matmul_dtype=fp8 needs n_embd={config.n_embd} and batch_size × block_size={rows} to be multiples of "
+            f"{fp8.MULTIPLE}; choose such sizes, or leave it at auto"
+        )
 
 
 class LossScale(NamedTuple):
@@ -194,6 +213,7 @@ def make_train_step(
     finite, or a spike (spike_threshold), the update is dropped on the device: parameters and optimizer state stay, the
     step counts, and bad_steps says how many such steps there were in a row; it is 0 after a good one.
     """
+    model_config = dataclasses.replace(model_config, matmul_dtype=config.matmul_dtype)  # FP8 is for training alone
     optimizer = make_optimizer(config)
     dtype = model_config.dtype
     dropout_key = purpose_seed(config.seed, "dropout")
