@@ -105,10 +105,9 @@ def _cluster(
 ) -> dict[str, Any] | None:
     if count == 1:
         return None
-    known = {"coordinator_address": address} if address else {}
-    known |= (
-        {"local_device_ids": gpus} if gpus else {}
-    )  # else JAX takes one, even where a process has the host to itself
+    known: dict[str, Any] = {"coordinator_address": address} if address else {}
+    if gpus:  # else JAX takes one, even where a process has the host to itself
+        known["local_device_ids"] = gpus
     return {"num_processes": count, "process_id": index, "cluster_detection_method": method, **known}
 
 
