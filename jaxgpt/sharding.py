@@ -37,8 +37,10 @@ MATRICES = r"(kernel|embedding)$"
 XLA_GPU_FLAGS = (
     "--xla_gpu_enable_triton_gemm=false",  # cuBLAS for all matrix products
     "--xla_gpu_dot_merger_threshold_mb=0",  # products of queries, keys, values stay apart: slicing a merged one copies
-    # one all-reduce of the gradients, when they are all there: one that runs beside products slows them down by more
-    "--xla_gpu_all_reduce_combine_threshold_bytes=4294967296",
+    # gradients sent at once when they are all there, parameters fetched at once before the forward pass: what is sent
+    # beside products takes their multiprocessors and slows them down by more
+    *(f"--xla_gpu_{kind}_combine_threshold_bytes={1 << 32}" for kind in ("all_reduce", "reduce_scatter", "all_gather")),
+    "--xla_disable_hlo_passes=all-reduce-contiguous",  # it copies gradients into one array and out of it
 )
 
 
@@ -176,14 +178,15 @@ def with_whole_params(f: Callable, mesh: Mesh, dtype: str, in_spec: P, out_spec:
 
 
 def gather_params(params: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
-    """Within device_map: whole parameters from the parts over fsdp, kernels in `dtype`, the computation's.
+    """Within device_map: whole parameters from the parts over fsdp, rounded to `dtype`, the computation's, to be sent.
 
     Their gradients come back as parts, summed over fsdp in float32.
     """
 
     def gather(path, spec: P, x):
-        in_dtype = dtype if path_name(path).endswith("kernel") else x.dtype.name  # embeddings add up float32 gradients
-        return _gather(x, spec.index("fsdp"), in_dtype) if "fsdp" in spec else x
+        # embeddings add up float32 gradients
+        whole_dtype = dtype if path_name(path).endswith("kernel") else x.dtype.name
+        return _gather(x, spec.index("fsdp"), dtype, whole_dtype) if "fsdp" in spec else x
 
     def gather_all(params):
         return jax.tree_util.tree_map_with_path(gather, specs, params)
@@ -191,14 +194,14 @@ def gather_params(params: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
     return params if mesh.shape["fsdp"] == 1 else _on_parts_over_tensor(gather_all, specs, mesh)(params)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Float[Array, "..."], dimension: int, dtype: str) -> Float[Array, "..."]:
-    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dimension, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Float[Array, "..."], dimension: int, dtype: str, whole_dtype: str) -> Float[Array, "..."]:
+    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dimension, tiled=True).astype(whole_dtype)
 
 
 _gather.defvjp(
-    lambda x, dimension, dtype: (_gather(x, dimension, dtype), None),
-    lambda dimension, dtype, _, g: (
+    lambda x, *args: (_gather(x, *args), None),
+    lambda dimension, dtype, whole_dtype, _, g: (
         jax.lax.psum_scatter(g.astype(jnp.float32), "fsdp", scatter_dimension=dimension, tiled=True),
     ),
 )
