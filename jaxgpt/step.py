@@ -224,10 +224,11 @@ def make_train_step(
         """Loss and gradients of one device's rows of a micro-batch, in float32, without the loss scale."""
 
         def scaled_loss(params):
-            return loss_fn(model_config, gather_params(params, specs, mesh, dtype), tokens, seed) * scale
+            loss = loss_fn(model_config, gather_params(params, specs, mesh, dtype), tokens, seed)
+            return loss * scale if dtype == "float16" else loss
 
         loss, grads = jax.value_and_grad(scaled_loss)(params)
-        return loss / scale, jax.tree.map(lambda g: g / scale if dtype == "float16" else g, grads)
+        return jax.tree.map(lambda x: x / scale if dtype == "float16" else x, (loss, grads))
 
     def seeds_of(step, micro_steps):
         if model_config.dropout == 0.0:
