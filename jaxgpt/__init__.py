@@ -1,7 +1,11 @@
 """jaxgpt: train, fine-tune, evaluate and sample GPT-2 in JAX."""
 
+import contextlib
 import importlib
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 __version__ = "0.1.0"
 
@@ -20,3 +24,21 @@ def optional(module: str, package: str, purpose: Any) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{purpose} needs {module.partition('.')[0]}; run: pip install '{package}'") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` complete and synced, or not at all. UserError on a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -1,14 +1,15 @@
 """Measure speed: `python -m jaxgpt.bench --config configs/gpt2.py [--what=train|sample|data]` prints one JSON line."""
 
 import json
-import math
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxgpt import UserError
 from jaxgpt.config import Parser, parse_config, run_main
 from jaxgpt.data import RunData, prefetch
 from jaxgpt.generate import Generator
-from jaxgpt.metrics import flops_per_token, peak_flops, peak_memory_gib
+from jaxgpt.metrics import Stopwatch, flops_per_token, peak_memory_gib
 from jaxgpt.model import count_params, init_params
 from jaxgpt.processes import Processes
 from jaxgpt.sharding import configure_jax, make_mesh
@@ -93,13 +94,13 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     step_ms, fixed_ms = (statistics.median(column) for column in zip(*times, strict=True))
     n = count_params(state.params)
     flops = flops_per_token(n, config.n_layer, config.n_embd, config.block_size) * data.tokens_per_step
-    peak = peak_flops(jax.devices()[0])
+    speed = Stopwatch(flops, data.tokens_per_step).speed(step_ms / 1e3)
     result = {
         "what": "train",
         "step_ms": round(step_ms, 3),
         "step_ms_fixed_batch": round(fixed_ms, 3),
-        "tokens_per_s": round(1e3 * data.tokens_per_step / step_ms),
-        "mfu": round(1e3 * flops / step_ms / peak / jax.device_count(), 4) if peak else None,
+        "tokens_per_s": round(speed["tokens_per_s"]),
+        "mfu": round(speed["mfu"], 4) if "mfu" in speed else None,
         "peak_gib": round(peak_memory_gib(), 2),
         "trace_s": round(lowered_at - begin_trace, 1),
         "compile_s": round(compiled_at - lowered_at, 1),
@@ -127,19 +128,18 @@ def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> d
     # as `sample` opens a model: made in the dtype it computes in
     init = jax.jit(init_params, static_argnums=(0, 2))
     generate = Generator(model_config, init(model_config, jax.random.key(0), model_config.dtype))
-    times = []
+    ends = []
     for i in range(6):
-        start = time.perf_counter()
         for _ in generate([0], max_new_tokens, key=jax.random.key(i), num_samples=num_samples):
             pass
-        times.append(time.perf_counter() - start)
-        first_s = times[0] + start - begin if i == 0 else first_s
+        ends.append(time.perf_counter())
+    seconds = statistics.median(end - start for start, end in pairwise(ends))
     return {
         "what": "sample",
-        "tokens_per_s": round(num_samples * max_new_tokens / statistics.median(times[1:]), 1),
+        "tokens_per_s": round(num_samples * max_new_tokens / seconds, 1),
         "num_samples": num_samples,
         "max_new_tokens": max_new_tokens,
-        "first_s": round(first_s, 1),
+        "first_s": round(ends[0] - begin, 1),
         "peak_gib": round(peak_memory_gib(), 2),
     }
 
@@ -172,30 +172,29 @@ KINDS = (
 def profile_table(trace_dir: str, steps: int) -> str:
     """GPU time per step by kind of kernel, and the largest kernels."""
     path = max(Path(trace_dir).rglob("*.xplane.pb"))
-    plane = next(
-        (p for p in jax.profiler.ProfileData.from_file(str(path)).planes if p.name.startswith("/device:")), None
-    )
-    if plane is None:
-        raise UserError("the profile holds no device: --profile needs a GPU or a TPU")
-    by_name: dict[str, tuple[float, int]] = {}
-    first, last = math.inf, 0.0
-    for line in plane.lines:
-        if not line.name.startswith("Stream"):
-            continue
-        for event in line.events:
-            ms, count = by_name.get(event.name, (0.0, 0))
-            by_name[event.name] = (ms + event.duration_ns / 1e6, count + 1)
-            first, last = min(first, event.start_ns), max(last, event.start_ns + event.duration_ns)
-    kinds: dict[str, tuple[float, int]] = {}
-    for name, (ms, count) in by_name.items():
-        kind = next((k for k, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other elementwise")
-        total, n = kinds.get(kind, (0.0, 0))
-        kinds[kind] = (total + ms, n + count)
-    busy, span = sum(ms for ms, _ in kinds.values()), (last - first) / 1e6
-    rows = sorted(kinds.items(), key=lambda kv: -kv[1][0]) + [("idle", (span - busy, 0)), ("total", (span, 0))]
-    lines = [f"{name:<20}{ms / steps:>10.3f} ms a step {n // steps:>8} kernels" for name, (ms, n) in rows]
-    largest = sorted(by_name.items(), key=lambda kv: -kv[1][0])[:30]
-    lines += [f"  {ms / steps:>8.3f} ms {n // steps:>5} × {name[:110]}" for name, (ms, n) in largest]
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    plane = next((p for p in planes if p.name.startswith("/device:")), None)
+    streams = [line for line in plane.lines if line.name.startswith("Stream")] if plane else []
+    kernels = [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
+    if not kernels:
+        raise UserError("the profile holds no kernels: --profile needs a GPU")
+
+    def totals(name_of: Callable[[str], str]) -> list[tuple[str, float, int]]:
+        """Names with ms and kernels a step, the largest first."""
+        ms, count = Counter(), Counter()
+        for kernel, _, duration_ns in kernels:
+            ms[name_of(kernel)] += duration_ns / 1e6 / steps
+            count[name_of(kernel)] += 1
+        return [(name, total, count[name] // steps) for name, total in ms.most_common()]
+
+    def kind(kernel: str) -> str:
+        return next((k for k, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other elementwise")
+
+    span = (max(start + ns for _, start, ns in kernels) - min(start for _, start, _ in kernels)) / 1e6 / steps
+    rows = totals(kind)
+    rows += [("idle", span - sum(ms for _, ms, _ in rows), 0), ("total", span, 0)]
+    lines = [f"{name:<20}{ms:>10.3f} ms a step {count:>8} kernels" for name, ms, count in rows]
+    lines += [f"  {ms:>8.3f} ms {count:>5} × {name[:110]}" for name, ms, count in totals(str)[:30]]
     return "\n".join(lines)
 
 

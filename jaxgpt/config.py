@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError
+from jaxgpt import UserError, atomic_write
 
 # layers, heads, width of OpenAI's four releases; each has block_size 1024, vocabulary 50257 and biases
 GPT2_SIZES = {
@@ -195,9 +195,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses argv whole: an unknown argument is an error that names the nearest known one."""
-        args, unknown = self.parse_known_args(list(argv))
-        for word in unknown:
-            name = word.partition("=")[0]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
             if name.startswith("--config."):
                 raise UserError(unknown_key(name.removeprefix("--config.")))
             raise UserError(f"unknown argument {name}{nearest(name, self._option_string_actions)}")
@@ -225,12 +225,8 @@ def parse_config(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argpa
 
 def save_config(config: ConfigDict, folder: Path) -> None:
     """Writes config.json, whole or not at all. Raises UserError if it cannot."""
-    path = folder / "config.json"
-    try:
-        path.with_name("config.json.tmp").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-        path.with_name("config.json.tmp").replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
+    with atomic_write(folder / "config.json") as f:
+        f.write(json.dumps(config.to_dict(), indent=1).encode() + b"\n")
 
 
 def read_config(folder: Path) -> ConfigDict:

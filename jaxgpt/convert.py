@@ -17,9 +17,10 @@ from tiktoken.load import read_file_cached
 from jaxgpt import UserError, hf, optional
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Parser, run_main, save_config
-from jaxgpt.evaluate import OpenedModel, Which, open_model, which_checkpoint
+from jaxgpt.evaluate import OpenedModel, Which, add_checkpoint_argument, open_model
+from jaxgpt.processes import find_cluster
 from jaxgpt.sharding import make_mesh
-from jaxgpt.tokenizer import ENDOFTEXT, GPT2_FILES, GPT2_URL, CharTokenizer, write_meta
+from jaxgpt.tokenizer import ENDOFTEXT, GPT2_FILES, GPT2_URL, CharTokenizer, copy_tokenizer
 
 
 @contextlib.contextmanager
@@ -47,9 +48,7 @@ def import_hf(source: str, out_dir: Path, mesh: Mesh) -> None:
     with new_folder(out_dir) as folder:
         model.run_config.update(out_dir=str(out_dir), init_from=source)
         save_config(model.run_config, folder)
-        write_meta(folder, model.meta)
-        if (tokenizer := model.folder / model.meta.tokenizer).is_file():
-            shutil.copy(tokenizer, folder)
+        copy_tokenizer(model.meta, model.folder, folder)
         checkpoints = Checkpoints(folder)
         checkpoints.save(0, {"params": model.params}, {"source": source})
         if not checkpoints.wait():
@@ -93,11 +92,13 @@ def write_tokenizer(model: OpenedModel, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    if (find_cluster() or {}).get("process_id"):
+        return  # the first process of several does it all
     parser = Parser(prog="python -m jaxgpt.convert", description="Hugging Face's GPT-2 folders to runs and back.")
     parser.add_argument("--from_hf", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder; written to --out_dir")
     parser.add_argument("--to_hf", help="folder to write the run in --out_dir to")
     parser.add_argument("--out_dir", required=True, help="folder of a run: made by --from_hf, read by --to_hf")
-    parser.add_argument("--checkpoint", type=which_checkpoint, default="best", help="of a run: best, latest or a step")
+    add_checkpoint_argument(parser)
     parser.add_argument("--dtype", default="float32", choices=hf.DTYPES, help="of the weights in --to_hf")
     args = parser.parse(argv)
     if (args.from_hf is None) == (args.to_hf is None):

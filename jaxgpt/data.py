@@ -11,13 +11,12 @@ import dataclasses
 import hashlib
 import math
 import mmap
-import shutil
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +29,7 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.sharding import BATCH_AXES, data_shards
-from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, load_tokenizer, read_meta, write_meta
+from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, copy_tokenizer, corpus_meta, load_tokenizer
 
 T = TypeVar("T")
 U64 = np.uint64
@@ -57,16 +56,17 @@ class Corpus:
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
 
     @classmethod
-    def open(cls, data_dir: str | Path, split: str, *, block_size: int, vocab_size: int) -> "Corpus":
+    def open(
+        cls, data_dir: str | Path, split: str, *, block_size: int, vocab_size: int, meta: Meta | None = None
+    ) -> "Corpus":
         """The shards that meta.json lists for `split` ("train", "val"), else `split`.bin, else `split`_*.bin by name.
 
+        meta: the folder's, where it has been read already.
         UserError: nothing there; a file that is missing, truncated, foreign or altered (by digest, for small splits:
         see `verify`); fewer tokens than a window of block_size + 1; a vocabulary larger than vocab_size.
         """
         folder = Path(data_dir)
-        # without a meta, as nanoGPT leaves GPT-2's tokens
-        eot = GPT2_VOCAB_SIZE - 1 if vocab_size >= GPT2_VOCAB_SIZE else None
-        meta = read_meta(folder) or Meta(min(vocab_size, GPT2_VOCAB_SIZE), eot=eot)
+        meta = meta or corpus_meta(folder, vocab_size)
         single = folder / f"{split}.bin"
         found = [single] * single.exists() + sorted(folder.glob(f"{split}_*.bin"))
         tokens = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
@@ -82,7 +82,7 @@ class Corpus:
         width = np.dtype(meta.dtype).itemsize
         for path in paths:
             size = path.stat().st_size if path.is_file() else 0
-            if size == 0 or size % width or size != width * tokens.get(path, size // width):
+            if size == 0 or size != width * tokens.get(path, size // width):
                 expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
                 what = f"has {size:,} bytes, not {expected}" if size else "is missing or empty"
                 raise UserError(f"{path} {what}: it is truncated or damaged; run its prepare.py again")
@@ -257,11 +257,11 @@ def _permute(places: UInt64[np.ndarray, " m"], n: int, keys: UInt64[np.ndarray, 
     0 … a²-1. Images of n and above go through them again until they fall below n: few, as a² - n is at most 2·sqrt(n).
     Both steps keep it a permutation (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    a, rounds = U64(math.isqrt(n - 1) + 1), range(8)
+    a = U64(math.isqrt(n - 1) + 1)
     images, todo = places.copy(), np.arange(len(places))
     while len(todo):
         left, right = np.divmod(images[todo], a)
-        for r in rounds:
+        for r in range(8):
             left, right = right, (left + _mix(right ^ _mix(keys[todo] + U64(r))) % a) % a
         images[todo] = left * a + right
         todo = todo[images[todo] >= n]
@@ -295,19 +295,21 @@ class RunData:
                 f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the {shards} "
                 f"devices that share the batch (mesh_data × mesh_fsdp); choose a multiple of {shards}"
             )
-        mixture = parse_mixture(config.dataset)
-        if config.data_dir and len(mixture) > 1:
+        names, weights = zip(*parse_mixture(config.dataset), strict=True)
+        if config.data_dir and len(names) > 1:
             raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
-        self.folders = {name: Path(config.data_dir or f"data/{name}") for name, _ in mixture}
-        metas = [read_meta(folder) for folder in self.folders.values()]
-        self.vocab_size = vocab_size or max(m.vocab_size if m else GPT2_VOCAB_SIZE for m in metas)
-        opened = {"block_size": config.block_size, "vocab_size": self.vocab_size}
-        train, val = (
-            [Corpus.open(folder, split, **opened) for folder in self.folders.values()] for split in ("train", "val")
-        )
-        self.meta = train[0].meta
-        weights = [weight for _, weight in mixture]
+        folders = [Path(config.data_dir or f"data/{name}") for name in names]
+        if Path(config.out_dir).resolve() in [folder.resolve() for folder in folders]:
+            raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
+        metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]
+        self._names, self._folder = names, folders[0]
+        self.meta, self.vocab_size = metas[0], vocab_size or max(meta.vocab_size for meta in metas)
         size, rows = config.block_size, config.batch_size * config.gradient_accumulation_steps
+        opened = {"block_size": size, "vocab_size": self.vocab_size}
+        train, val = (
+            [Corpus.open(folder, split, meta=meta, **opened) for folder, meta in zip(folders, metas, strict=True)]
+            for split in ("train", "val")
+        )
         self.tokens_per_step = rows * size
         self.train = Batches(train, weights, seed=config.seed, rows=rows, block_size=size, order=config.data_order)
         self._sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
@@ -318,8 +320,8 @@ class RunData:
         rows = self._eval_micro_steps * config.batch_size * shards
         drawn = {"seed": config.seed + 1, "rows": rows, "block_size": size, "order": "random"}
         self._eval = {"train": Batches(train, weights, **drawn), "val": Batches(val, weights, **drawn)}
-        if len(mixture) > 1:
-            self._eval |= {f"val_{name}": Batches(c, **drawn) for name, c in zip(self.folders, val, strict=True)}
+        if len(names) > 1:
+            self._eval |= {f"val_{name}": Batches(c, **drawn) for name, c in zip(names, val, strict=True)}
 
     def batch(self, step: int, steps: int = 1) -> Integer[jax.Array, "K A B T1"]:
         """The training batches of K=steps optimizer steps from `step` on."""
@@ -339,19 +341,16 @@ class RunData:
 
     def facts(self) -> dict[str, str]:
         """What tells these corpora from others, file by file."""
-        corpora = [zip(self.folders, self._eval[split].corpora, strict=True) for split in ("train", "val")]
-        return {f"{name}/{file}": fact for name, corpus in chain(*corpora) for file, fact in corpus.facts().items()}
+        named = zip(self._names * 2, self.train.corpora + self._eval["val"].corpora, strict=True)
+        return {f"{name}/{file}": fact for name, corpus in named for file, fact in corpus.facts().items()}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.meta, next(iter(self.folders.values())))
+        return load_tokenizer(self.meta, self._folder)
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer's files into a run's folder."""
-        source = next(iter(self.folders.values())) / self.meta.tokenizer
-        if source.is_file():
-            shutil.copyfile(source, folder / self.meta.tokenizer)
-        write_meta(folder, dataclasses.replace(self.meta, vocab_size=self.vocab_size, shards={}))
+        copy_tokenizer(dataclasses.replace(self.meta, vocab_size=self.vocab_size, shards={}), self._folder, folder)
 
 
 @contextlib.contextmanager

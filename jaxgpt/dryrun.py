@@ -20,7 +20,7 @@ from jaxgpt.model import GPTConfig, count_params
 from jaxgpt.processes import count_gpus
 from jaxgpt.sharding import AXES, BATCH_AXES, data_shards, make_mesh
 from jaxgpt.step import TrainState, abstract_state, make_model_config, make_train_step
-from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
+from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, token_dtype
 
 GPUS_PER_HOST = 8  # of described hosts
 
@@ -89,7 +89,7 @@ def report(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, state: Train
     micro_steps, rows = config.gradient_accumulation_steps // data_shards(mesh), config.batch_size * data_shards(mesh)
     tokens = jax.ShapeDtypeStruct(
         (1, micro_steps, rows, config.block_size + 1),
-        jnp.uint16 if model_config.vocab_size <= 2**16 else jnp.uint32,
+        token_dtype(model_config.vocab_size),
         sharding=NamedSharding(mesh, P(None, None, BATCH_AXES, None)),
     )
     compiled = make_train_step(config, model_config, mesh).lower(state, tokens).compile()

@@ -28,11 +28,12 @@ from jaxgpt import UserError, hf, optional
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import CHOICES, GPT2_SIZES, Parser, default_config, read_config, run_main
 from jaxgpt.data import Corpus
+from jaxgpt.metrics import perplexity
 from jaxgpt.model import GPTConfig, Params, abstract_params, bind
 from jaxgpt.processes import Processes
 from jaxgpt.sharding import BATCH_AXES, configure_jax, data_shards, make_mesh, tree_shardings, with_whole_params
 from jaxgpt.step import make_model_config
-from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, load_tokenizer, read_meta
+from jaxgpt.tokenizer import Meta, Tokenizer, corpus_meta, load_tokenizer
 
 # --- opening a model ---
 
@@ -127,7 +128,7 @@ def open_model(
     has_config = source not in GPT2_SIZES and (folder / "config.json").is_file()
     if has_config and "model_type" not in hf.read_json(folder / "config.json"):
         weights, run = None, read_config(folder)
-        meta = read_meta(folder) or Meta(GPT2_VOCAB_SIZE, eot=GPT2_VOCAB_SIZE - 1)
+        meta = corpus_meta(folder)
     else:
         weights, run = hf.open_weights(source), default_config()
         folder, meta = weights.folder, weights.meta
@@ -145,8 +146,13 @@ def add_model_arguments(parser: Parser) -> None:
     """The arguments that name a model for open_model."""
     parser.add_argument("--out_dir", help="folder of a run")
     parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
-    parser.add_argument("--checkpoint", type=which_checkpoint, default="best", help="of a run: best, latest or a step")
+    add_checkpoint_argument(parser)
     parser.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
+
+
+def add_checkpoint_argument(parser: Parser) -> None:
+    """--checkpoint: open_model's `which`."""
+    parser.add_argument("--checkpoint", type=which_checkpoint, default="best", help="of a run: best, latest or a step")
 
 
 def which_checkpoint(text: str) -> Which:
@@ -297,7 +303,7 @@ def validation(corpus: Corpus, block_size: int) -> Task:
 
     def summarize(scores: Scores) -> dict[str, float]:
         loss = math.fsum(scores.loss) / int(scores.count.sum())
-        return {"loss": loss, "ppl": math.exp(min(loss, 700.0))}
+        return {"loss": loss, "ppl": perplexity(loss)}
 
     return Task("val", rows, summarize)
 
@@ -342,8 +348,7 @@ def lambada_item(record: Mapping[str, Any]) -> Item:
 
 
 def lambada_metrics(items: Sequence[Item], scores: Scores) -> dict[str, float]:
-    perplexity = math.exp(min(float(scores.loss.mean()), 700.0))
-    return {"acc": float(scores.greedy.mean()), "ppl": perplexity}
+    return {"acc": float(scores.greedy.mean()), "ppl": perplexity(float(scores.loss.mean()))}
 
 
 # HellaSwag (arXiv 1905.07830) and LAMBADA (arXiv 1606.06031), zero-shot, with where `datasets` finds them
@@ -402,8 +407,10 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     """The validation split in data_dir, by default the one of a run."""
     if not data_dir and model.weights:
         raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
-    folder = data_dir or model.run_config.data_dir or f"data/{model.run_config.dataset}"
-    corpus = Corpus.open(folder, "val", block_size=1, vocab_size=model.config.vocab_size)
+    dataset, folder = model.run_config.dataset, data_dir or model.run_config.data_dir
+    if "," in dataset and not folder:
+        raise UserError(f"which corpus? {model.source} was trained on {dataset}: add --data_dir=FOLDER of one of them")
+    corpus = Corpus.open(folder or f"data/{dataset}", "val", block_size=1, vocab_size=model.config.vocab_size)
     model.check_corpus(corpus.meta)
     return validation(corpus, model.config.block_size)
 

@@ -18,7 +18,6 @@ from jaxgpt import UserError
 from jaxgpt.model import GPTConfig, KVCache, Params, bind
 from jaxgpt.ops.choose import Rule, choose
 from jaxgpt.ops.decode import attend, linear
-from jaxgpt.tokenizer import Stream, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,29 +197,3 @@ def _slide(config, rule, steps: int, weights, window: Int[Array, "B S"], positio
     out = jnp.zeros((window.shape[0], steps + 1), jnp.int32)
     out, window = jax.lax.fori_loop(0, steps, step, (out, window))
     return out[:, 1:], window
-
-
-class Text:
-    """The text of one sample as its tokens come, cut before the stop text, none of which ever shows."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: str = ""):
-        self.done = False
-        self._stream, self._stop, self._held = Stream(tokenizer), stop, ""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that is certain now: what may be the beginning of the stop text is held back."""
-        return self._cut(self._stream.push(ids), flush=False)
-
-    def flush(self) -> str:
-        """The rest."""
-        return self._cut(self._stream.flush(), flush=True)
-
-    def _cut(self, text: str, flush: bool) -> str:
-        if self.done:
-            return ""
-        text, found, _ = (self._held + text).partition(self._stop) if self._stop else (self._held + text, "", "")
-        self.done = flush or bool(found)
-        lengths = range(min(len(text), len(self._stop) - 1), 0, -1) if not self.done else ()
-        held = next((n for n in lengths if self._stop.startswith(text[-n:])), 0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]

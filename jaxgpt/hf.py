@@ -83,7 +83,6 @@ class Tensor(NamedTuple):
 class Weights(NamedTuple):
     """A GPT-2 in a folder of files: its shape is known, its tensors are read when asked for."""
 
-    source: str  # as the user named it
     folder: Path
     fields: dict[str, Any]  # of GPTConfig: block_size vocab_size n_layer n_head n_embd bias
     meta: Meta  # the tokenizer it goes with
@@ -145,7 +144,7 @@ def open_weights(source: str) -> Weights:
         raise UserError(f"{folder}: {problems[0]}{more}; these are not a whole GPT-2's weights")
     if HEAD in tensors and not np.array_equal(tensors[HEAD].read(), tensors["wte.weight"].read()):
         raise UserError(f"{folder}: {HEAD} differs from wte.weight; GPT-2 ties them, untied weights cannot be used")
-    return Weights(source, folder, fields, _meta(folder, config), tensors)
+    return Weights(folder, fields, _meta(folder, config), tensors)
 
 
 def first_line(error: BaseException) -> str:

@@ -43,6 +43,11 @@ def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -
     return 6.0 * n_params + 12 * n_layer * n_embd * block_size
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), held finite: JSON has no infinity."""
+    return math.exp(min(loss, 700.0))
+
+
 def peak_flops(device: Any) -> float | None:
     """The jax.Device's dense bf16 FLOP/s, or None where it is not known (a CPU)."""
     known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
@@ -70,7 +75,10 @@ class Stopwatch:
         self._last = (step, now)
         if last is None or step <= last[0]:
             return {}
-        seconds = (now - last[1]) / (step - last[0])
+        return self.speed((now - last[1]) / (step - last[0]))
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """The same of steps that take so long."""
         speed = {"step_ms": 1e3 * seconds, "tokens_per_s": self._tokens / seconds}
         return speed | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
 
@@ -93,13 +101,13 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, config: ConfigDict, *, first_step: int):
-        self._file = self._bar = self._board = self._wandb = None
+        self._file = self._board = self._wandb = None
         self._closing = contextlib.ExitStack()
-        if jax.process_index() != 0:
+        hidden = True if jax.process_index() else None  # None: shown on a terminal
+        style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": hidden}
+        self._bar = self._closing.enter_context(tqdm(total=config.max_iters, initial=first_step, **style))
+        if hidden:
             return
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=config.max_iters, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
-            self._closing.callback(self._bar.close)
         if config.tensorboard_log:
             self._board = optional("tensorboard.summary", "jaxgpt[track]", "tensorboard_log").Writer(str(folder))
             self._closing.callback(self._board.close)
@@ -111,7 +119,8 @@ class Reporter:
             except wandb.Error as e:
                 raise UserError(f"wandb_log: {e}") from None
             self._closing.callback(self._wandb.finish)
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._closing.enter_context(contextlib.suppress(OSError))  # of a full disk, which `record` has told of
+        self._file = self._closing.enter_context((folder / "metrics.jsonl").open("a"))
 
     def say(self, line: str) -> None:
         """Prints a line for people, above the progress bar."""
@@ -138,15 +147,11 @@ class Reporter:
 
     def progress(self, step: int, **shown: str) -> None:
         """Moves the progress bar to `step`."""
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # `record` has said it already: the disk is full
-            if self._file:
-                self._file.close()
         self._closing.close()

@@ -58,10 +58,9 @@ def plot(runs: dict[str, list[dict[str, float]]]) -> Figure:
         losses.plot(*series("train_loss"), color=color, linestyle="--", label=f"{name} train")
         losses.plot(*series("val_loss"), color=color, marker="o", markersize=3, label=f"{name} val")
         rates.plot(*series("lr"), color=color)
-    losses.set_ylabel("loss (nats per token)")
+    losses.set(ylabel="loss (nats per token)")
     losses.legend()
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("step")
+    rates.set(xlabel="step", ylabel="learning rate")
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
     return figure

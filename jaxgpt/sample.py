@@ -12,11 +12,11 @@ from jaxtyping import Int
 from jaxgpt import UserError
 from jaxgpt.config import Parser, integer, run_main
 from jaxgpt.evaluate import add_model_arguments, open_model
-from jaxgpt.generate import Generator, Sampling, Text
+from jaxgpt.generate import Generator, Sampling
 from jaxgpt.processes import Processes
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import purpose_seed
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Stream, Tokenizer
 
 SEPARATOR = "---------------"  # nanoGPT's, after each sample
 
@@ -78,7 +78,7 @@ def write_samples(
     chunks: Iterator[Int[np.ndarray, "B n"]], tokenizer: Tokenizer, start: str, num_samples: int, stop: str
 ) -> None:
     """Prints samples, the first one not finished as it is made: the others grow beside it and appear in their turn."""
-    texts, current = [Text(tokenizer, stop) for _ in range(num_samples)], 0
+    texts, current = [Stream(tokenizer, stop) for _ in range(num_samples)], 0
     waiting = [start] * num_samples  # what is not shown yet of each
     nothing = np.zeros((num_samples, 0), np.int32)  # so that the prompt shows at once
     for chunk in itertools.chain([nothing], chunks, [None]):

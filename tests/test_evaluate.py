@@ -393,6 +393,14 @@ def test_command_mistakes_are_one_error(trained, arguments, complaint):
         evaluate.main([f"--init_from={trained.folder / 'safetensors'}", *arguments])
 
 
+def test_a_mixtures_validation_asks_which_corpus(trained, monkeypatch):
+    model = evaluate.open_model(init_from=str(trained.folder / "safetensors"), mesh=make_mesh())
+    monkeypatch.setattr(model, "weights", None)
+    model.run_config.dataset = "a:0.7,b:0.3"
+    with pytest.raises(UserError, match="was trained on a:0.7,b:0.3: add --data_dir"):
+        evaluate.open_validation(model, None)
+
+
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(2, 400), block=st.integers(1, 70))
 def test_windows_predict_every_token_but_the_first_once(tmp_path_factory, n, block):

@@ -1,4 +1,4 @@
-"""Generation: the cache against none, batches against single rows, chunks against each other; stop text."""
+"""Generation: the cache against none, batches against single rows, chunks against each other."""
 
 import dataclasses
 
@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxgpt import UserError, generate
-from jaxgpt.generate import Generator, Sampling, Text
+from jaxgpt.generate import Generator, Sampling
 from jaxgpt.model import GPTConfig, KVCache, abstract_params, bind
-from jaxgpt.tokenizer import CharTokenizer
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = GPTConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -135,32 +132,6 @@ def test_bfloat16_weights_are_cast_once():
     uncast = Generator(config, PARAMS)
     uncast.weights = PARAMS
     assert (run(generator, n=8, chunk=5) == run(uncast, n=8, chunk=5)).all()
-
-
-@given(
-    text=st.text("ab€", max_size=30),
-    stop=st.text("ab€", max_size=4),
-    cuts=st.lists(st.integers(0, 30), max_size=5),
-)
-def test_text_ends_before_the_stop_text(text, stop, cuts):
-    tokenizer = CharTokenizer("ab€")
-    sample, shown = Text(tokenizer, stop), ""
-    want = text.split(stop)[0] if stop else text
-    edges = sorted([0, *cuts, len(text)])
-    for begin, end in zip(edges, edges[1:], strict=False):
-        shown += sample.push(tokenizer.encode(text[begin:end]))
-        assert want.startswith(shown)
-        assert sample.done == bool(stop and stop in text[:end])
-    assert shown + sample.flush() == want and sample.done
-
-
-def test_text_shows_no_half_character(gpt2_files):
-    from jaxgpt.tokenizer import gpt2
-
-    ids = gpt2().encode("naïve 🦜!")
-    text = Text(gpt2())
-    parts = [text.push([i]) for i in ids] + [text.flush()]
-    assert "".join(parts) == "naïve 🦜!" and "" in parts[:-1] and "\ufffd" not in "".join(parts)
 
 
 @pytest.mark.parametrize(

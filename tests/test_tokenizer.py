@@ -89,6 +89,30 @@ def test_stream_holds_back_half_a_character(gpt2_files):
     assert stream.push(ids[:1]) == "" and stream.flush() == "\ufffd"
 
 
+@given(
+    text=st.text("ab€", max_size=30),
+    stop=st.text("ab€", max_size=4),
+    cuts=st.lists(st.integers(0, 30), max_size=5),
+)
+def test_text_ends_before_the_stop_text(text, stop, cuts):
+    tokenizer = CharTokenizer("ab€")
+    sample, shown = Stream(tokenizer, stop), ""
+    want = text.split(stop)[0] if stop else text
+    edges = sorted([0, *cuts, len(text)])
+    for begin, end in zip(edges, edges[1:], strict=False):
+        shown += sample.push(tokenizer.encode(text[begin:end]))
+        assert want.startswith(shown)
+        assert sample.done == bool(stop and stop in text[:end])
+    assert shown + sample.flush() == want and sample.done
+
+
+def test_text_shows_no_half_character(gpt2_files):
+    ids = gpt2().encode("naïve 🦜!")
+    text = Stream(gpt2())
+    parts = [text.push([i]) for i in ids] + [text.flush()]
+    assert "".join(parts) == "naïve 🦜!" and "" in parts[:-1] and "\ufffd" not in "".join(parts)
+
+
 def test_special_tokens_only_where_asked(all_tokenizers):
     for tokenizer in all_tokenizers[:2]:
         assert tokenizer.encode("a<|endoftext|>", special=True)[-1] == tokenizer.eot

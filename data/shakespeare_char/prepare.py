@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from jaxgpt import UserError
+from jaxgpt import UserError, atomic_write
 from jaxgpt.config import run_main
 from jaxgpt.texts import pip_download
-from jaxgpt.tokenizer import CharTokenizer, atomic_write, gpt2, meta_for, read_meta, write_meta
+from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, read_meta, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 ORIGINAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
