@@ -16,8 +16,8 @@ import math
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,40 +28,29 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from jaxgpt import UserError
-from jaxgpt.guard import LOCK
+from jaxgpt import UserError, atomic_write
+from jaxgpt.guard import LOCK, everywhere
 
 log = logging.getLogger(__name__)
 # Orbax narrates each save through absl's logger, failures with a traceback; they all reach us as exceptions, see below.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-def _without_leaks() -> None:
-    """TensorStore (0.1.80 to 0.1.86 at least) never frees what it returns as JSON. At each save Orbax asks it for all
-    counters, as telemetry, and for each array for the same folder's spec: 30 KiB lost for 20 arrays. Now it gets no
-    counters, and a spec that it asked for last from memory."""
-    to_json, last = ts.KvStore.Spec.to_json, {}
-
-    def to_json_once(self: ts.KvStore.Spec, include_defaults: bool = False) -> Any:
-        key = repr((self, include_defaults))
-        if (found := last.get(key)) is None:
-            found = to_json(self, include_defaults=include_defaults)
-            last.clear()
-            last[key] = found
-        return copy.deepcopy(found)
-
-    ts.KvStore.Spec.to_json = to_json_once
-    ts.experimental_collect_matching_metrics = lambda *args, **kwargs: []
-
-
-_without_leaks()
+# TensorStore (0.1.80 to 0.1.86 at least) never frees what it returns as JSON. At each save Orbax asks it for all
+# counters, as telemetry, and for each array for the same folder's spec: 30 KiB lost for 20 arrays. Now it gets no
+# counters, and a spec that it asked for last from memory, which takes a hash.
+ts.experimental_collect_matching_metrics = lambda *args, **kwargs: []
+_spec: Any = ts.KvStore.Spec
+_spec.__hash__ = lambda spec: hash(repr(spec))
+_to_json = functools.lru_cache(1)(_spec.to_json)
+_spec.to_json = lambda spec, include_defaults=False: copy.deepcopy(_to_json(spec, include_defaults))
 
 TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
 SAVE_TIMEOUT_S = 600  # bounds a save in the background, and the wait for a process that failed to write its part
 SPARE = 2**18  # bytes that a checkpoint may take besides its arrays
 SMALL_FILE = 2**20  # files up to this many bytes are hashed whole; larger ones hold arrays, which have their digests
 # What Orbax, TensorStore and json are known to raise over a damaged file, a full disk or a mount that went away.
-FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
+FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, UserError)
 
 
 class Checkpoints:
@@ -75,11 +64,13 @@ class Checkpoints:
         self.folder, self.keep = Path(out_dir).absolute() / "checkpoints", max(1, keep)
         self._lock, self._locked = self.folder.with_name(LOCK), False
         self._first = jax.process_index() == 0
-        self._orbax: ocp.AsyncCheckpointer | None = None
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None  # of the save under way
-        self._saving: tuple[int, dict] | None = None  # step and info of that save
-        self._saved: tuple[int, dict] | None = None  # of the newest known to be on disk, saved or restored
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+        self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_TIMEOUT_S)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._finishing: Future | None = None  # what is left of the save under way
+        self._error: Exception | None = None  # of its beginning
+        self._saving: tuple[int, dict] | None = None  # its step and info
+        self._saved: tuple[int, dict] = -1, {}  # of the newest known to be on disk, saved or restored
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
 
@@ -124,8 +115,8 @@ class Checkpoints:
         """
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))
-        on_disk = self._saved is not None and self._saved[0] == step
-        if self._saved and on_disk and (info.get("val_loss") is None or self._saved[1].get("val_loss") is not None):
+        on_disk = self._saved[0] == step
+        if on_disk and (info.get("val_loss") is None or self._saved[1].get("val_loss") is not None):
             self._ok = True
             return
         arrays, working = _flat(state)[0], self.folder / f"{step}{TMP}"
@@ -138,17 +129,13 @@ class Checkpoints:
                     _write_record(self.folder / str(step), {**self._record(step), "info": info})
                 else:
                     _make_room(working, sum(x.nbytes for x in arrays.values()) + SPARE)
-        if on_disk or not _everywhere(self._error is None):
+        if on_disk or not everywhere(self._error is None):
             self.wait()
             return
         with self._noting_failure():
-            if self._orbax is None:
-                handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-                self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_TIMEOUT_S)
             self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
         record = {"step": step, "info": info, "arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items()}}
-        self._thread = threading.Thread(target=self._finish, args=(self._orbax, record, working), name="checkpoint")
-        self._thread.start()
+        self._finishing = self._background.submit(self._finish, record, working)
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -164,14 +151,15 @@ class Checkpoints:
         if self._locked and not self._lock.exists():
             raise OSError(f"{self._lock}, there since the run began, is gone: was its disk unmounted?")
 
-    def _finish(self, orbax: ocp.AsyncCheckpointer, record: dict, working: Path) -> None:
+    def _finish(self, record: dict, working: Path) -> None:
         """In the background: awaits the writes of all processes, then process 0 commits."""
-        with self._noting_failure():
-            orbax.wait_until_finished()
+        try:
+            self._orbax.wait_until_finished()
             if self._first and self._error is None:
                 self._commit(record, working)
-        if self._first:
-            shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
+        finally:
+            if self._first:
+                shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
 
     def _commit(self, record: dict, working: Path) -> None:
         """Reads the new checkpoint back, gives it its record and name, then removes what is no longer kept."""
@@ -179,15 +167,14 @@ class Checkpoints:
             if _host_digest(np.asarray(store.read().result())) != record["arrays"][name][2]:
                 raise ValueError(f"array {name} reads back differently")
         _write_record(working, {**record, "files": _files(working)})
-        for path in (*working.rglob("*"), working) if os.name == "posix" else ():  # a commit outlives a power cut
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        for path in (*working.rglob("*"), working):
+            _sync(path)
         self._check_folder()
         step, final = record["step"], self.folder / str(record["step"])
         if final.exists():  # damaged and passed over, or of a branch that the run has left
             self._remove(step)
         working.rename(final)
+        _sync(self.folder)  # before older ones go
         self._unsound.discard(step)
         # Later steps than the one just saved belong to a branch that the run has left by resuming before them: they go.
         self._unsound.update(later for later in self._steps() if later > step)
@@ -206,23 +193,21 @@ class Checkpoints:
         """Waits for the save in the background; whether the last save succeeded, on all processes."""
         if self._saving is None:
             return self._ok
-        self.close()
-        step, error, kept = self._saving[0], self._error, self._saved
-        self._ok = _everywhere(error is None)
+        error = self._error or (self._finishing.exception() if self._finishing else None)
+        self._ok = everywhere(error is None)
         if self._ok:
             self._saved = self._saving
         elif error is not None or self._first:
             why = "another process failed" if error is None else _brief(error)
-            then = f"the newest on disk is {kept[0]}" if kept else "there is none on disk yet"
-            log.error("CHECKPOINT %d NOT SAVED in %s: %s; the run goes on, %s", step, self.folder, why, then)
-        self._saving, self._error = None, None
+            kept = self._saved[0]
+            then = f"the newest on disk is {kept}" if kept >= 0 else "there is none on disk yet"
+            log.error("CHECKPOINT %d NOT SAVED in %s: %s; the run goes on, %s", self._saving[0], self.folder, why, then)
+        self._saving = self._finishing = self._error = None
         return self._ok
 
     def close(self) -> None:
         """Lets a save in the background end, asking no other process: for the way out after an error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._background.shutdown()
 
     def remove_leftovers(self) -> None:
         """Removes what killed saves and removals left. For a run that holds its folder's lock, at its start."""
@@ -245,41 +230,41 @@ class Checkpoints:
         best = _from_first(self._whole()[1]) if which == "best" else []
         problems, other_model = [], ""
         for step in dict.fromkeys(best + steps):
-            record, arrays, problem = {}, {}, ""
             try:
-                record = self._record(step)
-                problem = other = _difference(record, wanted)
-                other_model = other_model or other
-                arrays = {} if problem else self._read(record, wanted)
-            except FAILURES as error:
-                problem = _brief(error)
-            if not _everywhere(not problem):
-                problem = problem or "another process cannot read it"
-            else:  # from here on every process sees the same
-                altered = [path for path, digest in digests(arrays).items() if digest != record["arrays"][path][2]]
-                problem = f"array {altered[0]} does not match its digest" if altered else ""
-            if not problem:
-                for text in problems if self._first else ():
-                    log.warning("%s; using checkpoint %d", text, step)
-                self._saved = step, record["info"]
-                return treedef.unflatten(arrays[path] for path in wanted), record["info"], step
-            self._unsound.add(step)
-            problems.append(f"checkpoint {step} passed over: {problem}")
+                record, arrays = self._read(step, wanted)
+            except ValueError as error:
+                other_model = other_model or (str(error) if isinstance(error, _OtherModel) else "")
+                problems.append(f"checkpoint {step} passed over: {_brief(error)}")
+                self._unsound.add(step)
+                continue
+            for text in problems if self._first else ():
+                log.warning("%s; using checkpoint %d", text, step)
+            self._saved = step, record["info"]
+            return treedef.unflatten(arrays[path] for path in wanted), record["info"], step
         if other_model:
             raise UserError(f"{self.folder} holds another model: {other_model}; give the settings it was trained with")
         if problems:
             raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(problems)}")
         raise UserError(f"no checkpoint{'' if isinstance(which, str) else f' {which}'} in {self.folder}; check out_dir")
 
-    def _read(self, record: dict, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        """The wanted arrays, their digests not yet checked. Raises one of FAILURES."""
-        path = self.folder / str(record["step"])
-        found = _files(path)
-        if damaged := [name for name, of in record["files"].items() if found.get(name) != of]:
-            raise ValueError(f"file {damaged[0]} is {'altered' if damaged[0] in found else 'missing'}")
-        local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        stores = _open(path, wanted)
-        return {name: _load(store, getattr(wanted[name], "sharding", None) or local) for name, store in stores.items()}
+    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict, dict[str, jax.Array]]:
+        """The record and the wanted arrays, all checked. Raises ValueError, on every process if on any."""
+        folder, record, arrays, failure = self.folder / str(step), {}, {}, None
+        try:
+            record = self._record(step)
+            _check_fits(record, wanted)
+            found = _files(folder)
+            if damaged := [name for name, of in record["files"].items() if found.get(name) != of]:
+                raise ValueError(f"file {damaged[0]} is {'altered' if damaged[0] in found else 'missing'}")
+            arrays = {name: _load(store, wanted[name]) for name, store in _open(folder, wanted).items()}
+        except FAILURES as error:
+            failure = error if isinstance(error, ValueError) else ValueError(_brief(error))
+        if not everywhere(failure is None):
+            raise failure or ValueError("another process cannot read it")
+        for path, digest in digests(arrays).items():  # from here on every process sees the same
+            if digest != record["arrays"][path][2]:
+                raise ValueError(f"array {path} does not match its digest")
+        return record, arrays
 
 
 # --- digests ---
@@ -339,16 +324,19 @@ def _kind(x: Any) -> tuple[str, list[int]]:
     return np.dtype(x.dtype).name, list(x.shape)
 
 
-def _difference(record: dict, wanted: dict[str, Any]) -> str:
-    """Where the arrays on record first differ from the wanted ones in name, type or shape; "" if they do not."""
+class _OtherModel(ValueError):
+    """Where the arrays on record first differ from the wanted ones."""
+
+
+def _check_fits(record: dict, wanted: dict[str, Any]) -> None:
+    """Raises _OtherModel if the arrays on record differ from the wanted ones in name, type or shape."""
     fields = {path.split(".")[0] for path in wanted}
     there = {path: (of[0], of[1]) for path, of in record["arrays"].items() if path.split(".")[0] in fields}
     here = {path: _kind(x) for path, x in wanted.items()}
     for path in {**here, **there}:
         if here.get(path) != there.get(path):
             one, other = ("{}{}".format(*of[path]) if path in of else "absent" for of in (there, here))
-            return f"{path} is {one} there, {other} here"
-    return ""
+            raise _OtherModel(f"{path} is {one} there, {other} here")
 
 
 def _seal(record: dict) -> str:
@@ -357,12 +345,8 @@ def _seal(record: dict) -> str:
 
 
 def _write_record(folder: Path, record: dict) -> None:
-    new = folder / f"record.json{TMP}"
-    with new.open("w") as file:
-        json.dump({**record, "seal": _seal(record)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(folder / "record.json")
+    with atomic_write(folder / "record.json") as file:
+        file.write(json.dumps({**record, "seal": _seal(record)}).encode())
 
 
 def _make_room(working: Path, need: int) -> None:
@@ -373,6 +357,14 @@ def _make_room(working: Path, need: int) -> None:
     if free < need:
         working.rmdir()
         raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {need:,} needed")
+
+
+def _sync(path: Path) -> None:
+    """Has a file or folder outlive a power cut."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def _files(folder: Path) -> dict[str, list]:
@@ -386,7 +378,7 @@ def _files(folder: Path) -> dict[str, list]:
 
 
 def _brief(error: BaseException) -> str:
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, OSError | ValueError | UserError) else f"{type(error).__name__}: "
     return kind + re.split(r"\n| in OCDBT | \[tensorstore", str(error) or type(error).__name__)[0][:300]
 
 
@@ -405,29 +397,22 @@ def _open(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
     return {name: future.result() for name, future in opening.items()}
 
 
-def _load(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
+def _load(store: ts.TensorStore, wanted: Any) -> jax.Array:
     """The array on the devices, each process reading what its own devices hold, and that once."""
+    sharding = getattr(wanted, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    blocks: dict[str, np.ndarray] = {}
 
-    @functools.cache
-    def block(*bounds: tuple[int | None, int | None]) -> np.ndarray:
-        return store[tuple(slice(*ends) for ends in bounds)].read().result()
+    def block(index: Any) -> np.ndarray:
+        if str(index) not in blocks:
+            blocks[str(index)] = store[index].read().result()
+        return blocks[str(index)]
 
-    return jax.make_array_from_callback(
-        store.shape, sharding, lambda index: block(*((ends.start, ends.stop) for ends in index or ()))
-    )
-
-
-# --- agreement between processes ---
-
-
-def _everywhere(ok: bool) -> bool:
-    """True if `ok` on every process (each must call)."""
-    return ok if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+    return jax.make_array_from_callback(store.shape, sharding, block)
 
 
 def _from_first(steps: list[int]) -> list[int]:
     """Process 0's steps (the last 64) on every process, so that all decide alike, whatever their file systems show."""
     if jax.process_count() == 1:
         return steps
-    table = np.array([*steps[-64:], *[-1] * (64 - len(steps))], np.int32)
-    return [int(step) for step in np.asarray(multihost_utils.broadcast_one_to_all(table)) if step >= 0]
+    table = np.array(([-1] * 64 + steps)[-64:], np.int32)
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(table) if step >= 0]

@@ -3,7 +3,6 @@
 import contextlib
 import enum
 import faulthandler
-import itertools
 import json
 import logging
 import math
@@ -13,16 +12,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client, the only way to the coordinator's keys, has no public name
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from jaxgpt import UserError
+from jaxgpt import UserError, atomic_write
 
 try:
     import fcntl
@@ -30,6 +29,7 @@ except ImportError:  # Windows: one writer per folder is then up to the user
     fcntl = None
 
 log = logging.getLogger(__name__)
+_joined: Any = distributed.global_state  # its client, the only way to the coordinator's keys, has no public name
 
 LOCK = ".lock"  # the file of a run's folder that is there as long as the run holds it
 FOREVER_MS = 10**12
@@ -47,7 +47,7 @@ class Exit(enum.IntEnum):
     DIVERGED = 77  # max_bad_steps non-finite steps in a row
 
 
-class RunLock:
+class RunLock(contextlib.ExitStack):
     """A context in which this run alone writes to `folder`, made if it does not exist.
 
     The system drops the lock when its process ends, however it ends. With several processes each enters; process 0
@@ -56,58 +56,61 @@ class RunLock:
     """
 
     def __init__(self, folder: str | os.PathLike):
+        super().__init__()  # what is put on the stack is undone at the end, the last first
         self._path = Path(folder).absolute() / LOCK
-        self._handle = -1
-        self._made: list[Path] = []
 
     def __enter__(self) -> "RunLock":
         problem = self._take() if jax.process_index() == 0 else ""
-        if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(problem != ""))):
-            problem = problem or "process 0 could not lock the run's folder; see its message"
-        if problem:
-            self._release()
-            raise UserError(problem)
+        if not everywhere(not problem):
+            self.close()
+            raise UserError(problem or "process 0 could not lock the run's folder; see its message")
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._release()
 
     def _take(self) -> str:
         """Takes the lock; says why if it cannot."""
         folder = self._path.parent
         try:
-            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            for path in (*reversed(folder.parents), folder):
+                if not path.exists():
+                    self.callback(_quietly, path.rmdir)  # if it is still empty then
             folder.mkdir(parents=True, exist_ok=True)
             while fcntl:
-                self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                try:
-                    fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = os.read(self._handle, 200).decode(errors="replace") or "another process"
-                    os.close(self._handle)
-                    self._handle = -1
-                    return f"{folder} is in use by {holder}; wait for it, stop it, or choose another out_dir"
-                except OSError as error:  # a network file system without locks
-                    log.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.stat(self._path), os.fstat(self._handle)):
-                        os.ftruncate(self._handle, 0)
-                        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                        break
-                os.close(self._handle)  # its last holder removed the file between our opening and locking it: again
+                with contextlib.ExitStack() as opened:
+                    handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                    opened.callback(os.close, handle)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        holder = os.read(handle, 200).decode(errors="replace") or "another process"
+                        return f"{folder} is in use by {holder}; wait for it, stop it, or choose another out_dir"
+                    except OSError as error:  # a network file system without locks
+                        log.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
+                    with contextlib.suppress(FileNotFoundError):
+                        if os.path.samestat(self._path.stat(), os.fstat(handle)):
+                            # before it is closed: whoever has opened it meanwhile sees that it is gone
+                            opened.callback(_quietly, self._path.unlink)
+                            os.ftruncate(handle, 0)
+                            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                            self.push(opened.pop_all())
+                            break
+                    # its last holder removed the file between our opening and locking it: again
         except OSError as error:
             return f"out_dir {folder} cannot be written: {error.strerror or error}; choose another out_dir"
         return ""
 
-    def _release(self) -> None:
-        if self._handle >= 0:
-            with contextlib.suppress(OSError):
-                self._path.unlink()  # while it is held: whoever has opened it meanwhile sees that it is gone
-            os.close(self._handle)
-            self._handle = -1
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # not empty, or its mount went away
-                folder.rmdir()
+
+def _quietly(remove: Callable[[], None]) -> None:
+    with contextlib.suppress(OSError):  # not empty, or its mount went away
+        remove()
+
+
+def everywhere(ok: bool) -> bool:
+    """Whether `ok` on every process, each of which must call."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+class Stopped(Exception):
+    """A stop was asked for."""
 
 
 class Stop:
@@ -122,33 +125,29 @@ class Stop:
     def __init__(self) -> None:
         self._calls, self._stop_at = 0, math.inf  # calls of `requested`, and the first of them that says yes
         self._counting = threading.Lock()
-        self._old: dict[int, Any] = {}  # handlers to put back
-        self._old_fd = -1
-        self._bell: socket.socket | None = None  # gets a byte, the signal's number, from C as soon as a signal arrives
+        self._put_back = contextlib.ExitStack()
         self._several = jax.process_count() > 1
         self._agreeing = threading.Thread(target=self._agree, name="stop", daemon=True)
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            ear, self._bell = socket.socketpair()
-            self._bell.setblocking(False)
-            self._old_fd = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+            ear, bell = socket.socketpair()  # C writes a byte, the signal's number, as soon as a signal arrives
+            bell.setblocking(False)
+            self._put_back.callback(bell.close)  # ends the thread
+            old_fd = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+            self._put_back.callback(signal.set_wakeup_fd, old_fd)
             for number in (signal.SIGINT, signal.SIGTERM):  # a handler must be there, but the bell does the work
-                self._old[number] = signal.signal(number, lambda *_: None)
+                self._put_back.callback(signal.signal, number, signal.signal(number, lambda *_: None))
             threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
         if self._several:
             self._agreeing.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bell:
-            for number, handler in self._old.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._old_fd)
-            self._bell.close()  # ends its thread
+        self._put_back.close()
         if self._several and exception[0] is None:  # else this process is ended, not left
-            self._tell(jax.process_index())
-            self._agreeing.join()  # until all are here: a process cannot end in peace while a thread waits for a key
+            self._tell()  # stops none: all call `requested` equally often, so that none calls it again
+            self._agreeing.join()  # a process cannot end in peace while a thread waits for a key
 
     def requested(self) -> bool:
         """Whether to stop now: save, and exit with Exit.STOPPED. With several processes each calls it equally often,
@@ -157,37 +156,35 @@ class Stop:
             self._calls += 1
             return self._calls >= self._stop_at
 
+    def check(self) -> None:
+        """Raises Stopped if it is time to stop; counts as a call of `requested`."""
+        if self.requested():
+            raise Stopped
+
     def _listen(self, ear: socket.socket) -> None:
-        for count in itertools.count():
-            data = ear.recv(1)
-            if not data:
-                return ear.close()
-            if count:
-                os._exit(128 + data[0])
-            print(f"{signal.Signals(data[0]).name}: saving, then stopping; once more stops at once", file=sys.stderr)
+        with ear:
+            if not (first := ear.recv(1)):  # closed: the run is over
+                return
+            print(f"{signal.Signals(first[0]).name}: saving, then stopping; once more stops at once", file=sys.stderr)
             if self._several:  # by a thread of its own: should that take long, a second signal is heard all the same
-                threading.Thread(target=self._tell, args=range(jax.process_count()), daemon=True).start()
+                threading.Thread(target=self._tell, daemon=True).start()
             else:
                 self._stop_at = 0
+            if second := ear.recv(1):
+                os._exit(128 + second[0])
 
-    @staticmethod
-    def _tell(*processes: int) -> None:
+    def _tell(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: JAX ends this process
-            for process in processes:
-                _client().key_value_set(f"jaxgpt/stop/{process}", "", allow_overwrite=True)
+            _joined.client.key_value_set("jaxgpt/stop", "", allow_overwrite=True)
 
     def _agree(self) -> None:
-        client, me = _client(), jax.process_index()
+        client = _joined.client
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.blocking_key_value_get(f"jaxgpt/stop/{me}", FOREVER_MS)
+            client.blocking_key_value_get("jaxgpt/stop", FOREVER_MS)
             with self._counting:
-                client.key_value_set(f"jaxgpt/calls/{me}", str(self._calls), allow_overwrite=True)
+                client.key_value_set(f"jaxgpt/calls/{jax.process_index()}", str(self._calls), allow_overwrite=True)
                 keys = (f"jaxgpt/calls/{process}" for process in range(jax.process_count()))
                 self._stop_at = 1 + max(int(client.blocking_key_value_get(key, FOREVER_MS)) for key in keys)
-
-
-def _client() -> Any:
-    return distributed.global_state.client
 
 
 class Watchdog:
@@ -199,12 +196,11 @@ class Watchdog:
 
     def __init__(self, timeout: float):
         self._timeout = timeout
-        self._deadline, self._what = time.monotonic() + timeout, "step"
+        self.beat()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self.beat()
         if self._timeout:
             self._thread.start()
         return self
@@ -241,20 +237,18 @@ class Watchdog:
 def trim_jsonl(path: Path, step: int, without: str = "") -> None:
     """Drops from a file of one JSON object a line those with a `step` above `step`, and torn lines; atomically.
 
-    `without`: a key that drops a line of `step` itself.
+    `without`: a key that drops a line of `step` itself. UserError on a full disk.
     """
-    if not path.exists():
-        return
-    new, changed = path.with_name(f"{path.name}.tmp"), False
-    with path.open("rb") as old, new.open("wb") as file:
-        for line in old:
-            try:
-                row = json.loads(line)
-                keep = line.endswith(b"\n") and (row["step"] < step or row["step"] == step and without not in row)
-            except (ValueError, TypeError, KeyError):  # cut short by a kill, or blanks after a power cut
-                keep = False
-            changed |= not keep
-            file.write(line if keep else b"")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path) if changed else new.unlink()
+
+    def stays(line: bytes) -> bool:
+        try:
+            row = json.loads(line)
+            return line.endswith(b"\n") and (row["step"] < step or row["step"] == step and without not in row)
+        except (ValueError, TypeError, KeyError):  # cut short by a kill, or blanks after a power cut
+            return False
+
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if stays(line)]
+    if kept != lines:
+        with atomic_write(path) as file:
+            file.writelines(kept)

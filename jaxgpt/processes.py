@@ -18,14 +18,16 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import jax
-from jax._src import distributed  # its client, the only way to the coordinator's keys, has no public name
+from jax._src import distributed
 
 from jaxgpt import UserError
+
+_joined: Any = distributed.global_state  # its client, the only way to the coordinator's keys, has no public name
 
 HEARTBEAT_TIMEOUT_S = 40  # a silent process is given up after this: all others end within a minute
 POLL_S = 1.0  # how often a process asks whether another one failed
@@ -36,6 +38,7 @@ FAILURE = "jaxgpt/failure"  # the coordinator's key of the first failure
 # Launchers' variables: the number of processes and this one's index; the same on this host alone
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
 OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")  # the third: the host's index
 
 
 def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
@@ -49,34 +52,29 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
         count = _number(env, "JAX_NUM_PROCESSES")
         if count == 1:
             return None
-        if "JAX_COORDINATOR_ADDRESS" not in env:
-            raise UserError(
-                "JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; set it to HOST:PORT of process 0"
-            )
-        return _cluster(count, _number(env, "JAX_PROCESS_ID"), env["JAX_COORDINATOR_ADDRESS"])
+        if not (address := env.get("JAX_COORDINATOR_ADDRESS")):
+            hint = "set it to HOST:PORT of process 0"
+            raise UserError(f"JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; {hint}")
+        known = {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID")}
+        return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
 
     if "RANK" in env and "MASTER_ADDR" in env:
         env = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", **env}  # some set no more than the four of the whole
-        # torchrun's agent itself listens at MASTER_PORT
-        port = _number(env, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in env)
+        port = _number(env, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in env)  # at MASTER_PORT torchrun's agent listens
         address = f"{env['MASTER_ADDR']}:{env.get('JAX_COORDINATOR_PORT', port)}"
-        count, index, here, local = (_number(env, name) for name in TORCHRUN)
-        return _cluster(count, index, address, gpus=_own_gpus(here, local, env))
+        return _cluster(env, (_number(env, name) for name in TORCHRUN), address)
 
     if "OMPI_COMM_WORLD_RANK" in env:
-        count, index, here, local = (_number(env, name) for name in OPEN_MPI)
+        address = None
         if launcher := re.fullmatch(r"prterun-(.+)-(\d+)@\d+", env.get("PMIX_NAMESPACE", "")):  # Open MPI 5
             address = f"{launcher[1]}:{env.get('JAX_COORDINATOR_PORT', 61440 + int(launcher[2]) % 4096)}"
-        else:
-            address = None
-        return _cluster(count, index, address, "deactivate" if address else "ompi", _own_gpus(here, local, env))
+        return _cluster(env, (_number(env, name) for name in OPEN_MPI), address, "ompi")
 
     if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
-        count, index = _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_PROCID")
+        count, index, node, local = (_number(env, name) for name in SLURM)
         runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # 8(x2),4 is 8, 8, 4
         tasks = [int(n) for n, times in runs for _ in range(int(times or 1))]
-        here = tasks[min(_number(env, "SLURM_NODEID"), len(tasks) - 1)]
-        return _cluster(count, index, method="slurm", gpus=_own_gpus(here, _number(env, "SLURM_LOCALID"), env))
+        return _cluster(env, (count, index, tasks[min(node, len(tasks) - 1)], local), method="slurm")
 
     if importlib.util.find_spec("libtpu"):
         hosts = (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or "").split(",")
@@ -101,21 +99,22 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _cluster(
-    count: int, index: int, address: str | None = None, method: str = "deactivate", gpus: Sequence[int] = ()
+    env: Mapping[str, str], numbers: Iterable[int], address: str | None = None, method: str = ""
 ) -> dict[str, Any] | None:
+    """numbers: of all processes and this one's index; the same on this host. method: JAX's, to find the address."""
+    count, index, here, local = numbers
     if count == 1:
         return None
-    known: dict[str, Any] = {"coordinator_address": address} if address else {}
-    if gpus:  # else JAX takes one, even where a process has the host to itself
-        known["local_device_ids"] = gpus
-    return {"num_processes": count, "process_id": index, "cluster_detection_method": method, **known}
+    known = {"num_processes": count, "process_id": index, "local_device_ids": _own_gpus(env, here, local)}
+    return known | {"coordinator_address": address, "cluster_detection_method": "deactivate" if address else method}
 
 
-def _own_gpus(here: int, local: int, env: Mapping[str, str]) -> list[int]:
-    """The share of process `local` of the `here` ones on this host in the GPUs that they see; empty: JAX finds out."""
+def _own_gpus(env: Mapping[str, str], here: int, local: int) -> list[int] | None:
+    """This process's share of the GPUs that all on this host see; None, where there are none or it is set: JAX finds
+    out. By itself JAX takes one, even where a process has the host to itself."""
     gpus = count_gpus(env)
-    if "JAX_LOCAL_DEVICE_IDS" in env:
-        return []
+    if not gpus or "JAX_LOCAL_DEVICE_IDS" in env:
+        return None
     if gpus == 1 and "CUDA_VISIBLE_DEVICES" in env:  # the launcher has shared them out
         return [0]
     share, rest = divmod(gpus, here)
@@ -149,22 +148,21 @@ class Processes:
     def __init__(self):
         self._left, self._ending = threading.Event(), threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="processes", daemon=True)
-        self._cluster: dict[str, Any] | None = None
+        self._several = False
 
     def __enter__(self) -> "Processes":
-        self._cluster = find_cluster()
-        if self._cluster is not None:
-            self._connect(self._cluster, start_timeout())
-        if self._cluster is not None:
+        cluster = find_cluster()
+        self._several = cluster is not None and _connect(cluster, start_timeout())
+        if self._several:
             self._watcher.start()
-            if _index() > 0:
+            if _joined.process_id > 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 logging.disable(logging.WARNING)
                 warnings.simplefilter("ignore")
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._cluster is None:
+        if not self._several:
             return
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self._left.set()
@@ -176,64 +174,64 @@ class Processes:
         else:
             self._end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}", error)
 
-    def _connect(self, cluster: dict[str, Any], timeout: float) -> None:
-        # JAX aborts the process when its own time is up; ours comes first and says why
-        alarm = threading.Timer(timeout, self._nobody_came, (timeout,))
-        alarm.daemon = True
-        alarm.start()
-        times: dict[str, Any] = {
-            "initialization_timeout": int(timeout) + 60,
-            "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT_S,
-        }
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from guard.Stop
-        try:
-            jax.distributed.initialize(**cluster, **times)
-        except (RuntimeError, ValueError, OSError) as error:
-            if not cluster and distributed.global_state.coordinator_address is None:
-                self._cluster = None  # a TPU that is not of a pod
-                return
-            hint = "set JAX_NUM_PROCESSES=1 if it is to run alone"
-            raise UserError(f"this process cannot join the others ({error}); {hint}") from None
-        finally:
-            alarm.cancel()
-
-    @staticmethod
-    def _nobody_came(timeout: float) -> None:
-        state = distributed.global_state
-        who, at = f"process {state.process_id} of {state.num_processes or 'several'}", state.coordinator_address or ":"
-        try:
-            socket.create_connection((at.rpartition(":")[0], int(at.rpartition(":")[2])), timeout=5).close()
-            found = "it answers, but not all processes came: see which did not start, or started with another number"
-        except (OSError, ValueError) as error:
-            found = f"nothing answers there ({error}): see whether process 0 started, and its port can be reached"
-        text = f"error: {who} waited {timeout:g} s for the others, coordinator {at}; {found}"
-        print(text, file=sys.stderr, flush=True)
-        os._exit(2)
-
     def _watch(self) -> None:
         while not self._left.wait(POLL_S):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key; or no coordinator: JAX deals with that
-                _client().key_value_try_get(FAILURE)
+                _joined.client.key_value_try_get(FAILURE)
                 self._end(1, "another process failed")
 
     def _end(self, status: int, message: str, error: BaseException | None = None) -> None:
         """Ends this process with the first failure's cause: this one, unless another was there before."""
         self._ending.acquire()  # for good
-        cause = [_index(), socket.gethostname(), status, " ".join(message.split())]
+        cause = [_joined.process_id, socket.gethostname(), status, " ".join(message.split())]
         try:
-            _client().key_value_set(FAILURE, json.dumps(cause))
+            _joined.client.key_value_set(FAILURE, json.dumps(cause))
         except jax.errors.JaxRuntimeError:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
-                cause = json.loads(_client().key_value_try_get(FAILURE))
+                cause = json.loads(_joined.client.key_value_try_get(FAILURE))
         process, host, status, message = cause
         sys.stdout.flush()
-        if process == _index() and error is not None:
+        if process == _joined.process_id and error is not None:
             traceback.print_exception(error)
-        by = "" if process == _index() else f"process {process} on {host}: "
+        by = "" if process == _joined.process_id else f"process {process} on {host}: "
         print(f"error: {by}{message}", file=sys.stderr, flush=True)
-        if _index() == 0:
+        if _joined.process_id == 0:
             time.sleep(LINGER_S)
         os._exit(status)
+
+
+def _connect(cluster: dict[str, Any], timeout: float) -> bool:
+    """Whether there are others, with which this process is then connected; a TPU may turn out to be of no pod."""
+    # JAX aborts the process when its own time is up; ours comes first and says why
+    alarm = threading.Timer(timeout, _nobody_came, (timeout,))
+    alarm.daemon = True
+    alarm.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from guard.Stop
+    try:
+        jax.distributed.initialize(
+            **cluster, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
+        )
+        return True
+    except (RuntimeError, ValueError, OSError) as error:
+        if not cluster and _joined.coordinator_address is None:
+            return False
+        hint = "set JAX_NUM_PROCESSES=1 if it is to run alone"
+        raise UserError(f"this process cannot join the others ({error}); {hint}") from None
+    finally:
+        alarm.cancel()
+
+
+def _nobody_came(timeout: float) -> None:
+    who = f"process {_joined.process_id} of {_joined.num_processes or 'several'}"
+    at = _joined.coordinator_address or ":"
+    host, _, port = at.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+        found = "it answers, but not all processes came: see which did not start, or started with another number"
+    except (OSError, ValueError) as error:
+        found = f"nothing answers there ({error}): see whether process 0 started, and its port can be reached"
+    print(f"error: {who} waited {timeout:g} s for the others, coordinator {at}; {found}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def start_timeout() -> float:
@@ -252,9 +250,9 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    client, limit_ms = _client(), int(1000 * start_timeout())
-    ours = {"processes": str(distributed.global_state.num_processes)} | {key: str(x) for key, x in facts.items()}
-    if _index() == 0:
+    client, limit_ms = _joined.client, int(1000 * start_timeout())
+    ours = {"processes": str(_joined.num_processes)} | {key: str(x) for key, x in facts.items()}
+    if _joined.process_id == 0:
         client.key_value_set(f"jaxgpt/{topic}", json.dumps(ours))
     theirs = json.loads(client.blocking_key_value_get(f"jaxgpt/{topic}", limit_ms))
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
@@ -262,11 +260,3 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
         shown = "; ".join(f"{key}={ours.get(key)} here, {theirs.get(key)} in process 0" for key in differing[:3])
         raise UserError(f"{shown}; start every process with the same")
     client.wait_at_barrier(f"jaxgpt/{topic}", limit_ms)
-
-
-def _client() -> Any:
-    return distributed.global_state.client
-
-
-def _index() -> int:
-    return distributed.global_state.process_id

@@ -17,7 +17,7 @@ from jaxgpt.config import Parser, parse_config, read_config, run_main, save_conf
 from jaxgpt.data import RunData, prefetch
 from jaxgpt.dryrun import dry_run
 from jaxgpt.evaluate import OpenedModel, Scorer, load_task, open_model, parse_tasks
-from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops
+from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops, perplexity
 from jaxgpt.model import GPTConfig, Params, count_params
 from jaxgpt.processes import Processes, agree
 from jaxgpt.sharding import configure_jax, make_mesh
@@ -49,13 +49,16 @@ def train(config: ConfigDict) -> guard.Exit:
     checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
     resume = decide_resume(config, run, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
-    data = open_data(config, mesh, weights)
+    data = RunData(config, mesh, weights and weights.meta.vocab_size)
+    if weights:
+        weights.check_corpus(data.meta)
+    agree("data", data.facts())
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
     abstract = abstract_state(config, model_config, mesh)
     evaluate = Evaluation(config, data, model_config, mesh)
     if config.eval_only:
         params = checkpoints.restore({"params": abstract.params})[0]["params"] if resume else weights and weights.params
-        print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params) or {}))
+        print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params)))
         return guard.Exit.DONE
 
     with (
@@ -86,8 +89,9 @@ def train(config: ConfigDict) -> guard.Exit:
                 if (step % config.eval_interval == 0 or step == config.max_iters) and info.get("evaluated") != step:
                     log.flush()
                     with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
-                        scores = evaluate(state.params, stop.requested)
-                        if scores is None:  # stopped; the evaluation is begun again when the run goes on
+                        try:
+                            scores = evaluate(state.params, stop.check)
+                        except guard.Stopped:  # the evaluation is begun again when the run goes on
                             break
                         reporter.say(evaluate.line(f"step {step}", scores))
                         reporter.record(step, scores)
@@ -109,20 +113,11 @@ def train(config: ConfigDict) -> guard.Exit:
     return guard.Exit.DONE if info.get("evaluated") == config.max_iters else guard.Exit.STOPPED
 
 
-def open_data(config: ConfigDict, mesh: Mesh, weights: OpenedModel | None) -> RunData:
-    """The corpora, the same on all processes and made with the weights' tokenizer."""
-    data = RunData(config, mesh, weights and weights.meta.vocab_size)
-    if weights:
-        weights.check_corpus(data.meta)
-    agree("data", data.facts())
-    return data
-
-
 def judge(info: dict[str, Any], step: int, val_loss: float) -> dict[str, Any]:
     """A checkpoint's info after an evaluation at `step`, whose loss may be the best so far."""
-    improved = val_loss < info.get("best_val_loss", math.inf)
-    best = {"best_val_loss": val_loss, "best_step": step} if improved else {}
-    return {**info, **best, "evaluated": step, "val_loss": val_loss}
+    if val_loss < info.get("best_val_loss", math.inf):
+        info = info | {"best_val_loss": val_loss, "best_step": step}
+    return info | {"evaluated": step, "val_loss": val_loss}
 
 
 def rehearse(config: ConfigDict, devices: int) -> int:
@@ -207,10 +202,6 @@ def describe(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, data: RunD
     return "\n".join(lines)
 
 
-class Interrupted(Exception):
-    """A stop was asked for during an evaluation."""
-
-
 class Evaluation:
     """Mean losses of fixed batches of every split, and the scores of eval_tasks."""
 
@@ -221,30 +212,22 @@ class Evaluation:
         self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
         self._scorer = Scorer(model_config, mesh)
 
-    def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """The scores by name; None if `stop`, asked every few batches, is true before they are there."""
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The scores by name. `check` is called every few batches, and may raise."""
         if self._batches is None:
             self._batches = self._data.eval_batches()
             self._step = self._step.lower(params, self._batches["val"][0]).compile()
             agree("compiled evaluation", {})
         scores = {}
-
-        def check() -> None:
-            if stop():
-                raise Interrupted
-
-        try:
-            for split, calls in self._batches.items():
-                losses = []
-                for tokens in calls:
-                    check()
-                    losses.append(jax.device_get(self._step(params, tokens)))
-                scores[f"{split}_loss"] = float(np.mean(losses, dtype=np.float64))
-            scores["val_ppl"] = math.exp(min(scores["val_loss"], 700.0))
-            for name, task in self._tasks.items():
-                scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}
-        except Interrupted:
-            return None
+        for split, calls in self._batches.items():
+            losses = []
+            for tokens in calls:
+                check()
+                losses.append(jax.device_get(self._step(params, tokens)))
+            scores[f"{split}_loss"] = float(np.mean(losses, dtype=np.float64))
+        scores["val_ppl"] = perplexity(scores["val_loss"])
+        for name, task in self._tasks.items():
+            scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}
         return scores
 
     @staticmethod
@@ -262,25 +245,23 @@ class StepLog:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the call that ended at `step`, and reports the one before."""
-        before, self._pending = self._pending, (step, metrics)
-        if before:
-            self._report(*before)
+        self._report()
+        self._pending = step, metrics
 
     def flush(self) -> None:
         """Reports what is left, and stops the clock: what follows is no training."""
-        if self._pending:
-            self._report(*self._pending)
+        self._report()
         self._pending = None
         self._stopwatch.pause()
 
-    def _report(self, last: int, metrics: dict[str, jax.Array]) -> None:
-        values = jax.device_get(metrics)
-        steps = range(last - len(values["loss"]) + 1, last + 1)
+    def _report(self) -> None:
+        if self._pending is None:
+            return
+        last, values = jax.device_get(self._pending)
         speed = self._stopwatch.lap(last)
-        for i, step in enumerate(steps):
+        for i, step in enumerate(range(last - len(values["loss"]) + 1, last + 1)):
             row = {key: float(x[i]) for key, x in values.items()}
-            bad = int(row.pop("bad_steps"))
-            if bad:
+            if bad := int(row.pop("bad_steps")):
                 self._reporter.say(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: update dropped")
                 self._reporter.record(step, {"skipped": bad})
                 finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

@@ -413,6 +413,18 @@ def test_a_save_that_reads_back_differently_is_a_failed_save(tmp_path, caplog):
     assert "array w reads back differently" in caplog.text and ckpts.steps() == [1]
 
 
+def test_a_save_that_ends_in_an_error_that_nobody_foresaw_is_a_failed_save(tmp_path, caplog):
+    def out_of_memory(x):
+        raise MemoryError
+
+    ckpts = save_all(tmp_path, {1: {"w": jnp.zeros(3)}}, keep=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_host_digest", out_of_memory)
+        ckpts.save(2, {"w": jnp.ones(3)}, {})
+        assert not ckpts.wait()
+    assert "CHECKPOINT 2 NOT SAVED" in caplog.text and "MemoryError" in caplog.text and ckpts.steps() == [1]
+
+
 def test_saves_leave_nothing_in_memory(tmp_path):
     """Blocks that Python still holds after a save: some 380 with what TensorStore leaks, under 100 without."""
     ckpts, state, counts = Checkpoints(tmp_path, keep=1), {str(i): jnp.ones(4) for i in range(20)}, []

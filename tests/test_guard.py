@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,6 +88,13 @@ def test_lock_where_nothing_can_be_written(tmp_path):
     with pytest.raises(UserError, match="out_dir .*/file/run cannot be written: .*; choose another out_dir"):
         RunLock(tmp_path / "file" / "run").__enter__()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_goes_away_amid_the_locking_is_a_user_error(tmp_path, monkeypatch):
+    """Its last holder, which made it, removes it between our opening and our locking the file."""
+    monkeypatch.setattr(guard.fcntl, "flock", lambda *_: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(UserError, match="out_dir .*/run cannot be written"):
+        RunLock(tmp_path / "run").__enter__()
 
 
 # --- signals ---

@@ -317,6 +317,7 @@ MISTAKES = {
     "task file": (lambda m: m.run(eval_tasks="hellaswag=no.jsonl"), "no.jsonl cannot be read"),
     "out_dir under a file": (lambda m: m.run(out_dir=m.tokens / "val.bin" / "run"), "cannot be written"),
     "out_dir is a file": (lambda m: m.run(out_dir=m.tokens / "val.bin"), "cannot be written"),
+    "out_dir of the corpus": (lambda m: m.run(out_dir=m.tokens), "is the corpus's own folder; choose another out_dir"),
     "unwritable out_dir": (lambda m: m.run(out_dir="/proc/jaxgpt"), "out_dir /proc/jaxgpt cannot be written"),
     "existing run": (lambda m: m.existing(), "already holds a run; go on with init_from=resume"),
     "nothing to resume": (lambda m: m.run(init_from="resume"), "nothing to resume"),
