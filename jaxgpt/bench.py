@@ -77,20 +77,27 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     first_step_s = time.perf_counter() - start
 
     def time_steps(batches: Iterable[jax.Array]) -> float:
-        """Milliseconds a step; as in a run, a call is dispatched before the last one's metrics are read."""
+        """Milliseconds a step, from the end of the first to the end of the last: a run fills its queue but once.
+
+        As in a run, a step is dispatched before the last one's metrics are read.
+        """
         nonlocal state, metrics
-        begin = time.perf_counter()
+        ends, loss = [], None
         for tokens in batches:
             state, metrics = train_step(state, tokens)
+            if loss is not None:
+                losses.append(float(loss[-1]))
+                ends.append(time.perf_counter())
+            loss = metrics["loss"]
         losses.append(float(metrics["loss"][-1]))
-        return 1e3 * (time.perf_counter() - begin) / steps
+        return 1e3 * (time.perf_counter() - ends[0]) / len(ends)
 
-    fixed = data.batch(0)
-    time_steps([fixed] * steps)
+    fixed = [data.batch(0)] * (steps + 1)
+    time_steps(fixed)
     times = []
     for n in range(3):
-        with prefetch(data.batch, n * steps, (n + 1) * steps) as batches:
-            times.append((time_steps(tokens for _, tokens in batches), time_steps([fixed] * steps)))
+        with prefetch(data.batch, n * len(fixed), (n + 1) * len(fixed)) as batches:
+            times.append((time_steps(tokens for _, tokens in batches), time_steps(fixed)))
     step_ms, fixed_ms = (statistics.median(column) for column in zip(*times, strict=True))
     n = count_params(state.params)
     flops = flops_per_token(n, config.n_layer, config.n_embd, config.block_size) * data.tokens_per_step
@@ -114,7 +121,7 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 for _ in range(3):
-                    state, metrics = train_step(state, fixed)
+                    state, metrics = train_step(state, fixed[0])
                 jax.block_until_ready(state)
             print(profile_table(folder, 3), file=sys.stderr)
     return result
