@@ -131,9 +131,8 @@ def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh | Abstrac
     block = (6 + 10 / tensor) * c.n_embd  # normalization and the residual stream are whole on every device of tensor
     kept = c.n_layer * block if c.remat == "none" else 2 * c.n_layer * c.n_embd + block
     activations = config.batch_size * c.block_size * size * (kept + c.padded_vocab_size / tensor)
-    sums = 4 * n_params / tensor / mesh.shape["fsdp"]
-    several = config.gradient_accumulation_steps > data_shards(mesh)
-    return activations + size * n_params / tensor + (sums if several else 0)
+    sums = 4 if config.gradient_accumulation_steps > data_shards(mesh) else 0
+    return activations + (size + sums) * n_params / tensor
 
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"

@@ -2,8 +2,8 @@
 
 A step is written for one device: its rows of the batch, its part of the parameters (`device_map`). Over `data` devices
 hold the same parameters and average their gradients once an optimizer step. Over `fsdp` each holds a part, fetches the
-others' for the computation and gets its own part of the summed gradients. Over `tensor` the compiler splits each layer,
-following how its parameters lie.
+others' once an optimizer step and gets its own part of the summed gradients. Over `tensor` the compiler splits each
+layer, following how its parameters lie.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -178,15 +177,14 @@ def with_whole_params(f: Callable, mesh: Mesh, dtype: str, in_spec: P, out_spec:
 
 
 def gather_params(params: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
-    """Within device_map: whole parameters from the parts over fsdp, rounded to `dtype`, the computation's, to be sent.
-
-    Their gradients come back as parts, summed over fsdp in float32.
-    """
+    """Within device_map: whole parameters from the parts over fsdp, sent in `dtype`, the computation's, and kernels
+    left in it. For their gradients see mean_gradients."""
 
     def gather(path, spec: P, x):
-        # embeddings add up float32 gradients
-        whole_dtype = dtype if path_name(path).endswith("kernel") else x.dtype.name
-        return _gather(x, spec.index("fsdp"), dtype, whole_dtype) if "fsdp" in spec else x
+        if "fsdp" not in spec:
+            return x
+        whole = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+        return whole if path_name(path).endswith("kernel") else whole.astype(x.dtype)  # embeddings' gradients add up
 
     def gather_all(params):
         return jax.tree_util.tree_map_with_path(gather, specs, params)
@@ -194,24 +192,14 @@ def gather_params(params: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
     return params if mesh.shape["fsdp"] == 1 else _on_parts_over_tensor(gather_all, specs, mesh)(params)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: Float[Array, "..."], dimension: int, dtype: str, whole_dtype: str) -> Float[Array, "..."]:
-    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dimension, tiled=True).astype(whole_dtype)
-
-
-_gather.defvjp(
-    lambda x, *args: (_gather(x, *args), None),
-    lambda dimension, dtype, whole_dtype, _, g: (
-        jax.lax.psum_scatter(g.astype(jnp.float32), "fsdp", scatter_dimension=dimension, tiled=True),
-    ),
-)
-
-
 def mean_gradients(gradients: Any, specs: Any, mesh: Mesh) -> Any:
-    """Within device_map: the mean over all rows, from each device's gradients of parameters passed to gather_params."""
+    """Within device_map: the mean over all rows of gradients of whole parameters, and of that each device's part."""
 
     def mean(spec: P, g):
-        return mean_over(g / mesh.shape["fsdp"], mesh, "data") if "fsdp" in spec else mean_over(g, mesh, *BATCH_AXES)
+        if "fsdp" not in spec:
+            return mean_over(g, mesh, *BATCH_AXES)
+        part = jax.lax.psum_scatter(g, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return mean_over(part / mesh.shape["fsdp"], mesh, "data")
 
     return _on_parts_over_tensor(partial(jax.tree.map, mean, specs), specs, mesh)(gradients)
 

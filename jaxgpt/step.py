@@ -224,11 +224,11 @@ def make_train_step(
         """Loss and gradients of one device's rows of a micro-batch, in float32, without the loss scale."""
 
         def scaled_loss(params):
-            loss = loss_fn(model_config, gather_params(params, specs, mesh, dtype), tokens, seed)
+            loss = loss_fn(model_config, params, tokens, seed)
             return loss * scale if dtype == "float16" else loss
 
-        loss, grads = jax.value_and_grad(scaled_loss)(params)
-        return jax.tree.map(lambda x: x / scale if dtype == "float16" else x, (loss, grads))
+        found = jax.tree.map(lambda x: x.astype(jnp.float32), jax.value_and_grad(scaled_loss)(params))
+        return jax.tree.map(lambda x: x / scale, found) if dtype == "float16" else found
 
     def seeds_of(step, micro_steps):
         if model_config.dropout == 0.0:
@@ -249,7 +249,7 @@ def make_train_step(
                 loss, grads = micro_step(join_qkv(parts), scale, *xs)
                 return jax.tree.map(jnp.add, total, (loss, split_qkv(grads))), None
 
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parts))
+            zeros = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), parts))
             (loss, grads), _ = jax.lax.scan(add, zeros, (seeds, tokens))
             grads = join_qkv(grads)
             loss, grads = jax.tree.map(lambda x: x / micro_steps, (loss, grads))
@@ -261,7 +261,7 @@ def make_train_step(
         def local(params, scale, seeds, tokens):
             if seeds is not None:  # other rows, other masks
                 seeds = seeds + jax.lax.axis_index(BATCH_AXES).astype(jnp.uint32)
-            loss, grads = summed_gradients(params, scale, seeds, tokens)
+            loss, grads = summed_gradients(gather_params(params, specs, mesh, dtype), scale, seeds, tokens)
             return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, specs, mesh)
 
         in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
