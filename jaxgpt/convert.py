@@ -92,8 +92,9 @@ def write_tokenizer(model: OpenedModel, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if (find_cluster() or {}).get("process_id"):
-        return  # the first process of several does it all
+    with contextlib.suppress(UserError):  # of what several need and this does not
+        if (find_cluster() or {}).get("process_id"):
+            return  # the first process of several does it all
     parser = Parser(prog="python -m jaxgpt.convert", description="Hugging Face's GPT-2 folders to runs and back.")
     parser.add_argument("--from_hf", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder; written to --out_dir")
     parser.add_argument("--to_hf", help="folder to write the run in --out_dir to")

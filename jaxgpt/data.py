@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import math
 import mmap
+import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -299,7 +300,7 @@ class RunData:
         if config.data_dir and len(names) > 1:
             raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
         folders = [Path(config.data_dir or f"data/{name}") for name in names]
-        if Path(config.out_dir).resolve() in [folder.resolve() for folder in folders]:
+        if os.path.realpath(config.out_dir) in map(os.path.realpath, folders):
             raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
         metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]
         self._names, self._folder = names, folders[0]

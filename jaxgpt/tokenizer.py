@@ -298,6 +298,7 @@ def write_meta(folder: str | os.PathLike, meta: Meta) -> None:
 def copy_tokenizer(meta: Meta, source: Path, folder: Path) -> None:
     """Writes meta.json into `folder`, and the tokenizer's own file, if it has one: enough to turn ids into text."""
     if (source / meta.tokenizer).is_file():
+        content = (source / meta.tokenizer).read_bytes()
         with atomic_write(folder / meta.tokenizer) as f:
-            f.write((source / meta.tokenizer).read_bytes())
+            f.write(content)
     write_meta(folder, meta)

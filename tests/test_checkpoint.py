@@ -425,6 +425,24 @@ def test_a_save_that_ends_in_an_error_that_nobody_foresaw_is_a_failed_save(tmp_p
     assert "CHECKPOINT 2 NOT SAVED" in caplog.text and "MemoryError" in caplog.text and ckpts.steps() == [1]
 
 
+def test_a_save_that_failed_at_its_start_has_cleaned_up_when_it_was_waited_for(tmp_path, caplog):
+    """Or it would remove what the next save of the same step writes."""
+    ckpts, remove = Checkpoints(tmp_path), shutil.rmtree
+
+    def slow(path, **how):
+        time.sleep(0.3)
+        remove(path, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", slow)
+        patch.setattr(ckpts._orbax, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+        ckpts.save(1, {"w": jnp.zeros(3)}, {})
+        assert not ckpts.wait()
+    assert list(ckpts.folder.glob("*.tmp")) == []
+    ckpts.save(1, {"w": jnp.zeros(3)}, {})
+    assert ckpts.wait()
+
+
 def test_saves_leave_nothing_in_memory(tmp_path):
     """Blocks that Python still holds after a save: some 380 with what TensorStore leaks, under 100 without."""
     ckpts, state, counts = Checkpoints(tmp_path, keep=1), {str(i): jnp.ones(4) for i in range(20)}, []

@@ -397,7 +397,7 @@ def test_a_mixtures_validation_asks_which_corpus(trained, monkeypatch):
     model = evaluate.open_model(init_from=str(trained.folder / "safetensors"), mesh=make_mesh())
     monkeypatch.setattr(model, "weights", None)
     model.run_config.dataset = "a:0.7,b:0.3"
-    with pytest.raises(UserError, match="was trained on a:0.7,b:0.3: add --data_dir"):
+    with pytest.raises(UserError, match="was trained on several: add --data_dir"):
         evaluate.open_validation(model, None)
 
 

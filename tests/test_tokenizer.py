@@ -106,13 +106,6 @@ def test_text_ends_before_the_stop_text(text, stop, cuts):
     assert shown + sample.flush() == want and sample.done
 
 
-def test_text_shows_no_half_character(gpt2_files):
-    ids = gpt2().encode("naïve 🦜!")
-    text = Stream(gpt2())
-    parts = [text.push([i]) for i in ids] + [text.flush()]
-    assert "".join(parts) == "naïve 🦜!" and "" in parts[:-1] and "\ufffd" not in "".join(parts)
-
-
 def test_special_tokens_only_where_asked(all_tokenizers):
     for tokenizer in all_tokenizers[:2]:
         assert tokenizer.encode("a<|endoftext|>", special=True)[-1] == tokenizer.eot
