@@ -37,6 +37,16 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
 }
 
+PEAK_BYTES = {  # bytes/s of device memory, likewise
+    "NVIDIA A100-SXM4-40GB": 1555e9,
+    "NVIDIA A100-SXM4-80GB": 2039e9,
+    "NVIDIA L4": 300e9,
+    "NVIDIA L40": 864e9,
+    "NVIDIA H100": 3350e9,
+    "NVIDIA H200": 4800e9,
+    "NVIDIA B200": 8000e9,
+}
+
 
 def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> float:
     """FLOPs of forward and backward for one token: 6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's)."""
@@ -50,8 +60,17 @@ def perplexity(loss: float) -> float:
 
 def peak_flops(device: Any) -> float | None:
     """The jax.Device's dense bf16 FLOP/s, or None where it is not known (a CPU)."""
-    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    return _of_kind(PEAK_FLOPS, device)
+
+
+def peak_bytes(device: Any) -> float | None:
+    """The bytes/s of the jax.Device's memory, or None where it is not known."""
+    return _of_kind(PEAK_BYTES, device)
+
+
+def _of_kind(peaks: dict[str, float], device: Any) -> float | None:
+    known = [name for name in peaks if device.device_kind.startswith(name)]
+    return peaks[max(known, key=len)] if known else None
 
 
 def peak_memory_gib() -> float:

@@ -4,12 +4,17 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import pytest
 
-from jaxgpt import UserError
+from jaxgpt import UserError, bench
 from jaxgpt.bench import main
+from jaxgpt.config import load_preset
+from jaxgpt.model import GPTConfig
+from jaxgpt.sharding import make_mesh
 
-CPU = f"{Path(__file__).parents[1] / 'configs' / 'shakespeare_char.py'}:cpu"
+ROOT = Path(__file__).parents[1]
+CPU = f"{ROOT / 'configs' / 'shakespeare_char.py'}:cpu"
 TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, batch_size=1, gradient_accumulation_steps=8)
 
 
@@ -55,3 +60,41 @@ def test_sampling_and_reading(arguments, capsys):
 def test_what_measures_nothing_is_one_line(arguments, wrong):
     with pytest.raises(UserError, match=wrong.partition("=")[0]):
         main([*arguments, wrong])
+
+
+PLANE = """
+planes {
+  name: "/device:GPU:0"
+  lines {
+    name: "Stream #1"
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 4000000000 }
+    events { metadata_id: 2 offset_ps: 5000000000 duration_ps: 1000000000 }
+    events { metadata_id: 1 offset_ps: 6000000000 duration_ps: 2000000000 }
+  }
+  lines { name: "XLA Ops" events { metadata_id: 2 offset_ps: 0 duration_ps: 9000000000 } }
+  event_metadata { key: 1 value { id: 1 name: "nvjet_sm90_tst" } }
+  event_metadata { key: 2 value { id: 2 name: "_row_kernel" } }
+}
+"""
+
+
+def test_a_profile_is_a_table_of_kinds_beside_their_floors(tmp_path, monkeypatch):
+    (tmp_path / "t.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(PLANE))
+    monkeypatch.setattr(bench, "peak_flops", lambda device: 1e12)
+    least = {"matrix products": (2e10, "FLOP"), "loss": (3e9, "byte")}
+    products, loss, idle, total, *kernels = bench.profile_table(str(tmp_path), 2, least).splitlines()
+    assert " ".join(products.split()) == "matrix products 3.000 ms a step 1 kernels 0.02 TFLOP 20.000 ms at 1 TFLOP/s"
+    assert " ".join(loss.split()) == "loss 0.500 ms a step 0 kernels 3.00 GB"  # no peak is made up
+    assert (idle.split()[:2], total.split()[:2]) == (["idle", "0.500"], ["total", "4.000"])
+    assert [line.split()[-1] for line in kernels] == ["nvjet_sm90_tst", "_row_kernel"]
+
+
+def test_the_least_work_of_gpt2_is_what_is_known_of_it():
+    """124M, 64 × 1,024: 6 FLOPs a weight and token; 20 GB around 25 normalizations, 14.5 in 12 GELUs, 3.5 in AdamW."""
+    config = load_preset(str(ROOT / "configs" / "gpt2.py"))
+    config.update(batch_size=64, gradient_accumulation_steps=8)
+    model = GPTConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024, dtype="bfloat16")
+    found = bench.least_work(config, model, make_mesh(8, 1, 1), 124_373_760)
+    expected = {"matrix products": 48.59e12, "attention": 4.329e12, "loss": 13.19e9, "normalization": 20.13e9,
+                "GELU": 14.5e9, "optimizer": 3.48e9}  # fmt: skip
+    assert {kind: work for kind, (work, _) in found.items()} == pytest.approx(expected, rel=1e-3)
