@@ -127,7 +127,8 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
                 for _ in range(3):
                     state, metrics = train_step(state, fixed[0])
                 jax.block_until_ready(state)
-            print(profile_table(folder, 3, least_work(config, model_config, mesh, n)), file=sys.stderr)
+            least = least_work(config, model_config, mesh, count_params(state.params, non_embedding=False))
+            print(profile_table(folder, 3, least), file=sys.stderr)
     return result
 
 
@@ -206,16 +207,17 @@ def profile_table(trace_dir: str, steps: int, least: dict[str, tuple[float, str]
     """GPU time a step by kind of kernel, beside the least work and its time at data sheets' peaks; largest kernels."""
     path = max(Path(trace_dir).rglob("*.xplane.pb"))
     planes = jax.profiler.ProfileData.from_file(str(path)).planes
-    plane = next((p for p in planes if p.name.startswith("/device:")), None)
-    streams = [line for line in plane.lines if line.name.startswith("Stream")] if plane else []
+    plane = next(p for p in planes if p.name.startswith("/device:"))
+    streams = [line for line in plane.lines if line.name.startswith("Stream")]
     kernels = [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
 
     def totals(name_of: Callable[[str], str]) -> list[tuple[str, float, int]]:
         """Names with ms and kernels a step, the largest first."""
         ms, count = Counter(), Counter()
         for kernel, _, duration_ns in kernels:
-            ms[name_of(kernel)] += duration_ns / 1e6 / steps
-            count[name_of(kernel)] += 1
+            name = name_of(kernel)
+            ms[name] += duration_ns / 1e6 / steps
+            count[name] += 1
         return [(name, total, count[name] // steps) for name, total in ms.most_common()]
 
     def kind(kernel: str) -> str:

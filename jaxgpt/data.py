@@ -285,6 +285,14 @@ def place(
     return jax.make_array_from_callback(shape, sharding, read)
 
 
+def corpus_folders(config: ConfigDict) -> list[Path]:
+    """Where the corpora of `dataset` are, in its order. Raises UserError where data_dir is to be several."""
+    names = [name for name, _ in parse_mixture(config.dataset)]
+    if config.data_dir and len(names) > 1:
+        raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
+    return [Path(config.data_dir or f"data/{name}") for name in names]
+
+
 class RunData:
     """The corpora of a config as batches on a mesh. Raises UserError on files or sizes that do not fit."""
 
@@ -297,9 +305,7 @@ class RunData:
                 f"devices that share the batch (mesh_data × mesh_fsdp); choose a multiple of {shards}"
             )
         names, weights = zip(*parse_mixture(config.dataset), strict=True)
-        if config.data_dir and len(names) > 1:
-            raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
-        folders = [Path(config.data_dir or f"data/{name}") for name in names]
+        folders = corpus_folders(config)
         if os.path.realpath(config.out_dir) in map(os.path.realpath, folders):
             raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
         metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from jaxgpt import UserError, hf, optional
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import CHOICES, GPT2_SIZES, Parser, default_config, read_config, run_main
-from jaxgpt.data import Corpus, parse_mixture
+from jaxgpt.data import Corpus, corpus_folders
 from jaxgpt.metrics import perplexity
 from jaxgpt.model import GPTConfig, Params, abstract_params, bind
 from jaxgpt.processes import Processes
@@ -407,10 +407,10 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     """The validation split in data_dir, by default the one of a run."""
     if not data_dir and model.weights:
         raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
-    names, folder = parse_mixture(model.run_config.dataset), data_dir or model.run_config.data_dir
-    if len(names) > 1 and not folder:
+    folders = [Path(data_dir)] if data_dir else corpus_folders(model.run_config)
+    if len(folders) > 1:
         raise UserError(f"which corpus? {model.source} was trained on several: add --data_dir=FOLDER of one of them")
-    corpus = Corpus.open(folder or f"data/{names[0][0]}", "val", block_size=1, vocab_size=model.config.vocab_size)
+    corpus = Corpus.open(folders[0], "val", block_size=1, vocab_size=model.config.vocab_size)
     model.check_corpus(corpus.meta)
     return validation(corpus, model.config.block_size)
 
