@@ -48,9 +48,11 @@ def configure_jax() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     ours = [f for f in XLA_GPU_FLAGS if f.partition("=")[0] not in flags] if has_nvidia_gpu() else []
     os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache, "jaxgpt", "xla")))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxgpt", "xla")
+    # small programs too: a run has a dozen, which take a second or two
+    for key, value in (("jax_compilation_cache_dir", str(cache)), ("jax_persistent_cache_min_compile_time_secs", 0)):
+        if key.upper() not in os.environ:
+            jax.config.update(key, value)
     if not has_nvidia_gpu():
         keep_freed_memory()
 

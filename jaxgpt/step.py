@@ -216,7 +216,6 @@ def make_train_step(
     model_config = dataclasses.replace(model_config, matmul_dtype=config.matmul_dtype)  # FP8 is for training alone
     optimizer = make_optimizer(config)
     dtype = model_config.dtype
-    dropout_key = purpose_seed(config.seed, "dropout")
     abstract = abstract_state(config, model_config, mesh)
     specs = tree_specs(abstract.params, mesh)
 
@@ -233,7 +232,8 @@ def make_train_step(
     def seeds_of(step, micro_steps):
         if model_config.dropout == 0.0:
             return None
-        return jax.random.bits(jax.random.fold_in(dropout_key, step), (micro_steps,), jnp.uint32)
+        key = jax.random.fold_in(purpose_seed(config.seed, "dropout"), step)
+        return jax.random.bits(key, (micro_steps,), jnp.uint32)
 
     def summed_gradients(params, scale, seeds, tokens):
         """Mean loss and mean gradients of one device's rows, over micro-steps, added up in a scan."""

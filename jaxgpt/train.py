@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,17 @@ def train(config: ConfigDict) -> guard.Exit:
         guard.Stop() as stop,
         guard.Watchdog(config.stall_timeout) as watchdog,
     ):
-        with watchdog.allow("start", SLOW_LIMIT_S):
+        with watchdog.allow("start", SLOW_LIMIT_S), ThreadPoolExecutor(1) as beside:
             checkpoints.remove_leftovers()
-            if resume:
-                state, info, step = checkpoints.restore(abstract)
-            else:
-                state, info, step = create_state(config, model_config, mesh, weights and weights.params), {}, 0
-            n_params = count_params(state.params)
+            state, info, step = checkpoints.restore(abstract) if resume else (None, {}, 0)
+            fresh = partial(create_state, config, model_config, mesh, weights and weights.params)
+            making = beside.submit(lambda: state or fresh())  # while the step compiles: each takes seconds
+            n_params = count_params(abstract.params)
             flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
             k = choose_steps_per_call(config, step, flops)
+            train_step = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch(k)).compile()
+            state = making.result()
             write_run_files(run, config, data, step, evaluated=info.get("evaluated") == step)
-            train_step = make_train_step(config, model_config, mesh).lower(state, data.abstract_batch(k)).compile()
             agree("compiled", {})
         with (
             Reporter(run, config, first_step=step) as reporter,
