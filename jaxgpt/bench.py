@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from jaxgpt.metrics import Stopwatch, flops_per_token, peak_bytes, peak_flops, p
 from jaxgpt.model import GPTConfig, count_params, init_params
 from jaxgpt.processes import Processes
 from jaxgpt.sharding import configure_jax, data_shards, make_mesh
-from jaxgpt.step import create_state, make_model_config, make_train_step
+from jaxgpt.step import abstract_state, create_state, make_model_config, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 
 
@@ -70,38 +71,27 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     data = RunData(config, mesh)
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
-    state = create_state(config, model_config, mesh)
-    begin_trace = time.perf_counter()
-    lowered = make_train_step(config, model_config, mesh).lower(state, data.abstract_batch())
-    lowered_at = time.perf_counter()
-    train_step = lowered.compile()
-    compiled_at = time.perf_counter()
+    with ThreadPoolExecutor(1) as beside:  # as a run starts
+        making = beside.submit(create_state, config, model_config, mesh)
+        abstract = abstract_state(config, model_config, mesh)
+        begin_trace = time.perf_counter()
+        lowered = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch())
+        lowered_at = time.perf_counter()
+        train_step = lowered.compile()
+        compiled_at = time.perf_counter()
+        state = making.result()
     state, metrics = train_step(state, data.batch(0))
-    losses = [float(metrics["loss"][-1])]
+    loss_first = float(metrics["loss"][-1])
     first_step_s = time.perf_counter() - start
 
-    def time_steps(batches: Iterable[jax.Array]) -> float:
-        """Milliseconds a step, from the end of the first to the end of the last: a run fills its queue but once.
-
-        As in a run, a step is dispatched before the last one's metrics are read.
-        """
-        nonlocal state, metrics
-        ends, loss = [], None
-        for tokens in batches:
-            state, metrics = train_step(state, tokens)
-            if loss is not None:
-                losses.append(float(loss[-1]))
-                ends.append(time.perf_counter())
-            loss = metrics["loss"]
-        losses.append(float(metrics["loss"][-1]))
-        return 1e3 * (time.perf_counter() - ends[0]) / len(ends)
-
     fixed = [data.batch(0)] * (steps + 1)
-    time_steps(fixed)
+    state, loss, _ = time_steps(train_step, state, fixed)
     times = []
     for n in range(3):
         with prefetch(data.batch, n * len(fixed), (n + 1) * len(fixed)) as batches:
-            times.append((time_steps(tokens for _, tokens in batches), time_steps(fixed)))
+            state, loss, ms = time_steps(train_step, state, (tokens for _, tokens in batches))
+        state, loss, fixed_ms = time_steps(train_step, state, fixed)
+        times.append((ms, fixed_ms))
     step_ms, fixed_ms = (statistics.median(column) for column in zip(*times, strict=True))
     n = count_params(state.params)
     flops = flops_per_token(n, config.n_layer, config.n_embd, config.block_size) * data.tokens_per_step
@@ -116,8 +106,8 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         "trace_s": round(lowered_at - begin_trace, 1),
         "compile_s": round(compiled_at - lowered_at, 1),
         "first_step_s": round(first_step_s, 1),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": loss_first,
+        "loss_last": loss,
         "tokens_per_step": data.tokens_per_step,
         "params": n,
     }
@@ -125,11 +115,29 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 for _ in range(3):
-                    state, metrics = train_step(state, fixed[0])
+                    state, _ = train_step(state, fixed[0])
                 jax.block_until_ready(state)
             least = least_work(config, model_config, mesh, count_params(state.params, non_embedding=False))
             print(profile_table(folder, 3, least), file=sys.stderr)
     return result
+
+
+def time_steps(train_step: Callable, state: Any, batches: Iterable[Any]) -> tuple[Any, float, float]:
+    """The state and the loss after these steps, and milliseconds a step, from the end of the first to that of the last.
+
+    A run fills its queue but once. As in a run, a step is dispatched before the last one's metrics are read.
+    """
+    ends, losses = [], []
+    for tokens in batches:
+        state, metrics = train_step(state, tokens)
+        losses.append(metrics["loss"])
+        if len(losses) > 1:
+            # all of it: an index taken on the device would wait there for the step that was just dispatched
+            jax.device_get(losses[-2])
+            ends.append(time.perf_counter())
+    loss = float(jax.device_get(losses[-1])[-1])
+    ends.append(time.perf_counter())
+    return state, loss, 1e3 * (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
 def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxgpt import UserError, bench
@@ -41,6 +42,44 @@ def test_one_line_of_json(arguments, tmp_path, monkeypatch, capsys):
     assert abs(result["loss_first"] - math.log(27)) < 0.1 and result["loss_last"] < result["loss_first"]
     assert {"device", "jax", "jaxlib", "flax", "optax"} <= set(result)
     assert list(tmp_path.iterdir()) == []
+
+
+class Device:
+    """A device with a clock of its own that takes 10 ms a step, one after the other. It runs nothing."""
+
+    def __init__(self):
+        self.now = self.busy_until = 0.0
+
+    def step(self, state, tokens):
+        self.now += 1e-3  # the host's part
+        self.busy_until = max(self.now, self.busy_until) + 10e-3
+        return state + 1, {"loss": Loss(self, self.busy_until, [0.0, state])}
+
+
+class Loss:
+    """An array on it, there for the host from `ready` on."""
+
+    def __init__(self, device, ready, values):
+        self.device, self.ready, self.values = device, ready, np.array(values)
+
+    def __array__(self, *_, **__):
+        self.device.now = max(self.device.now, self.ready)
+        return self.values
+
+    def __float__(self):
+        return float(np.array(self))
+
+    def __getitem__(self, index):
+        """Computed on the device, after all that it has to do already."""
+        return Loss(self.device, self.device.busy_until, self.values[index])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_the_time_of_a_step_is_the_same_however_many_are_measured(steps, monkeypatch):
+    device = Device()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: device.now)
+    state, loss, ms = bench.time_steps(device.step, 5, [None] * (steps + 1))
+    assert (state, loss, ms) == (steps + 6, steps + 5, pytest.approx(10.0))
 
 
 def test_a_profile_needs_a_device(arguments):
