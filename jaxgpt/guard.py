@@ -33,6 +33,7 @@ _joined: Any = distributed.global_state  # its client, the only way to the coord
 
 LOCK = ".lock"  # the file of a run's folder that is there as long as the run holds it
 FOREVER_MS = 10**12
+LINGER_S = 3.0  # how long one of several stalled processes outlives its stacks, so that the others print theirs
 LOCK_HELD_GRACE_S = 30.0  # how long the watchdog's thread may wait for the interpreter's lock
 
 
@@ -222,12 +223,14 @@ class Watchdog:
         self.beat()
 
     def _watch(self) -> None:
-        tick = min(self._timeout / 4, 10.0)
-        while not self._ended.wait(tick):
+        left = self._timeout
+        while not self._ended.wait(max(0.0, min(left, self._timeout / 4, 10.0))):
             left = self._deadline - time.monotonic()
             if left < 0:
                 print(f"watchdog: no {self._what} finished in time; every thread's stack:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+                if _joined.client is not None:
+                    time.sleep(LINGER_S)  # others end with this one, and what all wait for may be in another
                 os._exit(Exit.STALLED)
             # If something keeps the interpreter's lock, this thread is stuck too: then faulthandler's own ends the run.
             faulthandler.dump_traceback_later(left + LOCK_HELD_GRACE_S, exit=True, file=sys.__stderr__ or 2)
