@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("JAX_PLATFORMS", None)
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # LLVM's costly passes took a fifth of all the time, for programs that run a few times; =0 puts them back
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 
 

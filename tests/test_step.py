@@ -35,8 +35,13 @@ class Setup:
         self.model_config = make_model_config(config, VOCAB, mesh)
         self.step = make_train_step(config, self.model_config, mesh)
 
-    def state(self):
+    @functools.cached_property
+    def initial(self):
         return create_state(self.config, self.model_config, self.mesh)
+
+    def state(self):
+        """A fresh state of its own, for a step to use up."""
+        return jax.tree.map(jnp.copy, self.initial)
 
     def run(self, *calls):
         """The state after calls with these tokens, from a fresh state, and the metrics of all steps."""
