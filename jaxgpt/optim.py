@@ -6,6 +6,9 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+# AdamW, a parameter: it, its gradient and two moments read, all but the gradient written, in float32
+ADAMW_BYTES = 7 * 4
+
 
 def learning_rate(config: ConfigDict, step: Int[Array, ""]) -> Float[Array, ""]:
     """The rate of update number `step` (from 0): nanoGPT's get_lr, whose first update already moves.
