@@ -14,14 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from jaxgpt import UserError, atomic_write
+from jaxgpt.processes import LINGER_S, joined
 
 try:
     import fcntl
@@ -29,11 +28,9 @@ except ImportError:  # Windows: one writer per folder is then up to the user
     fcntl = None
 
 log = logging.getLogger(__name__)
-_joined: Any = distributed.global_state  # its client, the only way to the coordinator's keys, has no public name
 
 LOCK = ".lock"  # the file of a run's folder that is there as long as the run holds it
 FOREVER_MS = 10**12
-LINGER_S = 3.0  # how long one of several stalled processes outlives its stacks, so that the others print theirs
 LOCK_HELD_GRACE_S = 30.0  # how long the watchdog's thread may wait for the interpreter's lock
 
 
@@ -176,10 +173,10 @@ class Stop:
 
     def _tell(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: JAX ends this process
-            _joined.client.key_value_set("jaxgpt/stop", "", allow_overwrite=True)
+            joined.client.key_value_set("jaxgpt/stop", "", allow_overwrite=True)
 
     def _agree(self) -> None:
-        client = _joined.client
+        client = joined.client
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.blocking_key_value_get("jaxgpt/stop", FOREVER_MS)
             with self._counting:
@@ -229,7 +226,7 @@ class Watchdog:
             if left < 0:
                 print(f"watchdog: no {self._what} finished in time; every thread's stack:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-                if _joined.client is not None:
+                if joined.client is not None:
                     time.sleep(LINGER_S)  # others end with this one, and what all wait for may be in another
                 os._exit(Exit.STALLED)
             # If something keeps the interpreter's lock, this thread is stuck too: then faulthandler's own ends the run.

@@ -27,11 +27,11 @@ from jax._src import distributed
 
 from jaxgpt import UserError
 
-_joined: Any = distributed.global_state  # its client, the only way to the coordinator's keys, has no public name
+joined: Any = distributed.global_state  # its client, the only way to the coordinator's keys, has no public name
 
 HEARTBEAT_TIMEOUT_S = 40  # a silent process is given up after this: all others end within a minute
 POLL_S = 1.0  # how often a process asks whether another one failed
-LINGER_S = 3.0  # how long process 0 outlives its failure, so that the others hear of it
+LINGER_S = 3.0  # how long one whose end ends others lives on, so that they hear of it, or tell theirs
 PEER_GONE = r"(closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe"  # in what collectives raise then
 FAILURE = "jaxgpt/failure"  # the coordinator's key of the first failure
 
@@ -155,7 +155,7 @@ class Processes:
         self._several = cluster is not None and _connect(cluster, start_timeout())
         if self._several:
             self._watcher.start()
-            if _joined.process_id > 0:
+            if joined.process_id > 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 logging.disable(logging.WARNING)
                 warnings.simplefilter("ignore")
@@ -177,25 +177,25 @@ class Processes:
     def _watch(self) -> None:
         while not self._left.wait(POLL_S):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key; or no coordinator: JAX deals with that
-                _joined.client.key_value_try_get(FAILURE)
+                joined.client.key_value_try_get(FAILURE)
                 self._end(1, "another process failed")
 
     def _end(self, status: int, message: str, error: BaseException | None = None) -> None:
         """Ends this process with the first failure's cause: this one, unless another was there before."""
         self._ending.acquire()  # for good
-        cause = [_joined.process_id, socket.gethostname(), status, " ".join(message.split())]
+        cause = [joined.process_id, socket.gethostname(), status, " ".join(message.split())]
         try:
-            _joined.client.key_value_set(FAILURE, json.dumps(cause))
+            joined.client.key_value_set(FAILURE, json.dumps(cause))
         except jax.errors.JaxRuntimeError:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
-                cause = json.loads(_joined.client.key_value_try_get(FAILURE))
+                cause = json.loads(joined.client.key_value_try_get(FAILURE))
         process, host, status, message = cause
         sys.stdout.flush()
-        if process == _joined.process_id and error is not None:
+        if process == joined.process_id and error is not None:
             traceback.print_exception(error)
-        by = "" if process == _joined.process_id else f"process {process} on {host}: "
+        by = "" if process == joined.process_id else f"process {process} on {host}: "
         print(f"error: {by}{message}", file=sys.stderr, flush=True)
-        if _joined.process_id == 0:
+        if joined.process_id == 0:
             time.sleep(LINGER_S)
         os._exit(status)
 
@@ -213,7 +213,7 @@ def _connect(cluster: dict[str, Any], timeout: float) -> bool:
         )
         return True
     except (RuntimeError, ValueError, OSError) as error:
-        if not cluster and _joined.coordinator_address is None:
+        if not cluster and joined.coordinator_address is None:
             return False
         hint = "set JAX_NUM_PROCESSES=1 if it is to run alone"
         raise UserError(f"this process cannot join the others ({error}); {hint}") from None
@@ -222,8 +222,8 @@ def _connect(cluster: dict[str, Any], timeout: float) -> bool:
 
 
 def _nobody_came(timeout: float) -> None:
-    who = f"process {_joined.process_id} of {_joined.num_processes or 'several'}"
-    at = _joined.coordinator_address or ":"
+    who = f"process {joined.process_id} of {joined.num_processes or 'several'}"
+    at = joined.coordinator_address or ":"
     host, _, port = at.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -250,9 +250,9 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    client, limit_ms = _joined.client, int(1000 * start_timeout())
-    ours = {"processes": str(_joined.num_processes)} | {key: str(x) for key, x in facts.items()}
-    if _joined.process_id == 0:
+    client, limit_ms = joined.client, int(1000 * start_timeout())
+    ours = {"processes": str(joined.num_processes)} | {key: str(x) for key, x in facts.items()}
+    if joined.process_id == 0:
         client.key_value_set(f"jaxgpt/{topic}", json.dumps(ours))
     theirs = json.loads(client.blocking_key_value_get(f"jaxgpt/{topic}", limit_ms))
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]

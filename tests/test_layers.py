@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 
 # Lowest first; no module imports from its own layer. The package itself, which holds UserError, lies below all.
 LAYERS = (
-    ("config", "tokenizer", "sharding", "processes", "metrics", "guard", "texts", "ops.launch", "ops.dropout"),
-    ("ops.attention", "ops.choose", "ops.gelu", "ops.layer_norm"),
+    ("config", "tokenizer", "sharding", "processes", "metrics", "texts", "ops.launch", "ops.dropout"),
+    ("guard", "ops.attention", "ops.choose", "ops.gelu", "ops.layer_norm"),
     ("ops.decode", "ops.fp8"),
     ("ops.cross_entropy",),
     ("model", "data", "corpus", "optim", "hf"),
