@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +24,10 @@ from jaxgpt.data import RunData, prefetch
 from jaxgpt.generate import Generator
 from jaxgpt.metrics import Stopwatch, flops_per_token, peak_bytes, peak_flops, peak_memory_gib
 from jaxgpt.model import GPTConfig, count_params, init_params
+from jaxgpt.optim import ADAMW_BYTES
 from jaxgpt.processes import Processes
 from jaxgpt.sharding import configure_jax, data_shards, make_mesh
-from jaxgpt.step import abstract_state, create_state, make_model_config, make_train_step
+from jaxgpt.step import abstract_state, begin_state, make_model_config, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 
 
@@ -71,18 +71,14 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     data = RunData(config, mesh)
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
-    with ThreadPoolExecutor(1) as beside:  # as a run starts
-        making = beside.submit(create_state, config, model_config, mesh)
-        if jax.default_backend() == "cpu":
-            making.result()  # compiling both at once takes half as much memory again, and no less time
-        abstract = abstract_state(config, model_config, mesh)
-        begin_trace = time.perf_counter()
-        lowered = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch())
-        lowered_at = time.perf_counter()
-        train_step = lowered.compile()
-        compiled_at = time.perf_counter()
-        state = making.result()
-    state, metrics = train_step(state, data.batch(0))
+    state = begin_state(config, model_config, mesh)
+    abstract = abstract_state(config, model_config, mesh)
+    begin_trace = time.perf_counter()
+    lowered = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch())
+    lowered_at = time.perf_counter()
+    train_step = lowered.compile()
+    compiled_at = time.perf_counter()
+    state, metrics = train_step(state.result(), data.batch(0))
     loss_first = float(metrics["loss"][-1])
     first_step_s = time.perf_counter() - start
 
@@ -197,7 +193,7 @@ def least_work(config: ConfigDict, model: GPTConfig, mesh: Mesh, n_params: int) 
     Products: 6 FLOPs a weight and token. Attention: 7·T²·C a layer and sequence, of which the causal mask leaves 2
     forward and 5 backward (FlashAttention-2, arXiv 2307.08691). Of bytes every array counts once: the logits read and
     their gradient written; 4 vectors of n_embd each way around a normalization and its residual; 3 of 4·n_embd in
-    GELU's derivative; 7 float32 numbers a parameter in AdamW.
+    GELU's derivative.
     """
     tensor = mesh.shape["tensor"]
     sequences = config.batch_size * config.gradient_accumulation_steps // data_shards(mesh)
@@ -209,7 +205,7 @@ def least_work(config: ConfigDict, model: GPTConfig, mesh: Mesh, n_params: int) 
         "loss": (2 * tokens * model.padded_vocab_size * size / tensor, "byte"),
         "normalization": (8 * tokens * width * size * (2 * model.n_layer + 1), "byte"),
         "GELU": (12 * tokens * width * size * model.n_layer / tensor, "byte"),
-        "optimizer": (28 * n_params / mesh.shape["fsdp"] / tensor, "byte"),
+        "optimizer": (ADAMW_BYTES * n_params / mesh.shape["fsdp"] / tensor, "byte"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -182,6 +183,19 @@ def create_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params
     return jax.jit(around, out_shardings=shardings, donate_argnums=0)(params)
 
 
+def begin_state(
+    config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params: Params | None = None
+) -> "Future[TrainState]":
+    """create_state in a thread, for it takes seconds and so does compiling the step.
+
+    On a CPU the state is there at the return: both at once took half as much memory again, and no less time.
+    """
+    beside = ThreadPoolExecutor(1)
+    state = beside.submit(create_state, config, model_config, mesh, params)
+    beside.shutdown(wait=jax.default_backend() == "cpu")
+    return state
+
+
 def loss_fn(model_config: GPTConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:
     """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
     tokens = tokens.astype(jnp.int32)
@@ -204,6 +218,86 @@ def join_qkv(params: Params) -> Params:
     )
 
 
+def gradients(
+    model_config: GPTConfig, params: Params, scale: Float[Array, ""], seed, tokens: Integer[Array, "B T1"]
+) -> tuple[Float[Array, ""], Params]:
+    """Loss and gradients of one device's rows of a micro-batch, in float32, without the loss scale."""
+    scaled = model_config.dtype == "float16"
+
+    def scaled_loss(params):
+        loss = loss_fn(model_config, params, tokens, seed)
+        return loss * scale if scaled else loss
+
+    found = jax.tree.map(lambda x: x.astype(jnp.float32), jax.value_and_grad(scaled_loss)(params))
+    return jax.tree.map(lambda x: x / scale, found) if scaled else found
+
+
+def summed_gradients(
+    model_config: GPTConfig, params: Params, scale: Float[Array, ""], seeds, tokens: Integer[Array, "A B T1"]
+) -> tuple[Float[Array, ""], Params]:
+    """Mean loss and mean gradients of one device's rows, over micro-steps, added up in a scan."""
+    micro_steps = tokens.shape[0]
+    if micro_steps == 1:
+        return gradients(model_config, params, scale, None if seeds is None else seeds[0], tokens[0])
+    # Queries', keys' and values' weights are apart in the loop: the model slices them and their gradients are joined,
+    # each a copy that the compiler drops where the slices come from, and go back to, parts.
+    parts = split_qkv(params)
+
+    def add(total, xs):
+        loss, grads = gradients(model_config, join_qkv(parts), scale, *xs)
+        return jax.tree.map(jnp.add, total, (loss, split_qkv(grads))), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), parts))
+    (loss, grads), _ = jax.lax.scan(add, zeros, (seeds, tokens))
+    return jax.tree.map(lambda x: x / micro_steps, (loss, join_qkv(grads)))
+
+
+def mean_loss_and_gradients(
+    model_config: GPTConfig, mesh: Mesh, params: Params, scale: Float[Array, ""], seeds, tokens
+) -> tuple[Float[Array, ""], Params]:
+    """summed_gradients on each device's rows alone, then one mean over devices."""
+    specs = tree_specs(params, mesh)
+
+    def local(params, scale, seeds, tokens):
+        if seeds is not None:  # other rows, other masks
+            seeds = seeds + jax.lax.axis_index(BATCH_AXES).astype(jnp.uint32)
+        whole = gather_params(params, specs, mesh, model_config.dtype)
+        loss, grads = summed_gradients(model_config, whole, scale, seeds, tokens)
+        return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, specs, mesh)
+
+    in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
+    return device_map(local, mesh, in_specs, (P(), specs))(params, scale, seeds, tokens)
+
+
+def updates_by_sum(
+    loss_and_gradients: Callable, optimizer: optax.GradientTransformation, state: TrainState, seeds, tokens
+) -> tuple[Array, Any, Any]:
+    """Loss, updates and the optimizer's next state, from gradients summed over micro-steps before one mean."""
+    loss, grads = loss_and_gradients(state.params, state.loss_scale.scale, seeds, tokens)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return loss, updates, opt_state
+
+
+def updates_by_multisteps(
+    loss_and_gradients: Callable, optimizer: optax.GradientTransformation, state: TrainState, seeds, tokens
+) -> tuple[Array, Any, Any]:
+    """The same through optax.MultiSteps. Its accumulator is zero between steps: no checkpoint needs it."""
+    accumulating = optax.MultiSteps(optimizer, every_k_schedule=tokens.shape[0])
+    empty = accumulating.init(state.params)._replace(inner_opt_state=state.opt_state)
+
+    def micro(carry, xs):
+        multi_state, _, total = carry
+        seed, micro_tokens = xs
+        seed = None if seed is None else seed[None]
+        loss, grads = loss_and_gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
+        updates, multi_state = accumulating.update(grads, multi_state, state.params)
+        return (multi_state, updates, total + loss), None
+
+    carry = (empty, jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+    (multi_state, updates, total), _ = jax.lax.scan(micro, carry, (seeds, tokens))
+    return total / tokens.shape[0], updates, multi_state.inner_opt_state
+
+
 def make_train_step(
     config: ConfigDict, model_config: GPTConfig, mesh: Mesh
 ) -> Callable[[TrainState, Integer[Array, "K A B T1"]], tuple[TrainState, Metrics]]:
@@ -214,82 +308,17 @@ def make_train_step(
     step counts, and bad_steps says how many such steps there were in a row; it is 0 after a good one.
     """
     model_config = dataclasses.replace(model_config, matmul_dtype=config.matmul_dtype)  # FP8 is for training alone
-    optimizer = make_optimizer(config)
-    dtype = model_config.dtype
-    abstract = abstract_state(config, model_config, mesh)
-    specs = tree_specs(abstract.params, mesh)
-
-    def micro_step(params, scale, seed, tokens):
-        """Loss and gradients of one device's rows of a micro-batch, in float32, without the loss scale."""
-
-        def scaled_loss(params):
-            loss = loss_fn(model_config, params, tokens, seed)
-            return loss * scale if dtype == "float16" else loss
-
-        found = jax.tree.map(lambda x: x.astype(jnp.float32), jax.value_and_grad(scaled_loss)(params))
-        return jax.tree.map(lambda x: x / scale, found) if dtype == "float16" else found
+    get_updates = partial(
+        updates_by_multisteps if config.accumulation == "multisteps" else updates_by_sum,
+        partial(mean_loss_and_gradients, model_config, mesh),
+        make_optimizer(config),
+    )
 
     def seeds_of(step, micro_steps):
         if model_config.dropout == 0.0:
             return None
         key = jax.random.fold_in(purpose_seed(config.seed, "dropout"), step)
         return jax.random.bits(key, (micro_steps,), jnp.uint32)
-
-    def summed_gradients(params, scale, seeds, tokens):
-        """Mean loss and mean gradients of one device's rows, over micro-steps, added up in a scan."""
-        micro_steps = tokens.shape[0]
-        if micro_steps == 1:
-            loss, grads = micro_step(params, scale, None if seeds is None else seeds[0], tokens[0])
-        else:
-            # Queries', keys' and values' weights are apart in the loop: the model slices them and their gradients are
-            # joined, each a copy that the compiler drops where the slices come from, and go back to, parts.
-            parts = split_qkv(params)
-
-            def add(total, xs):
-                loss, grads = micro_step(join_qkv(parts), scale, *xs)
-                return jax.tree.map(jnp.add, total, (loss, split_qkv(grads))), None
-
-            zeros = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), parts))
-            (loss, grads), _ = jax.lax.scan(add, zeros, (seeds, tokens))
-            grads = join_qkv(grads)
-            loss, grads = jax.tree.map(lambda x: x / micro_steps, (loss, grads))
-        return loss, grads
-
-    def mean_loss_and_gradients(params, scale, seeds, tokens):
-        """summed_gradients on each device's rows alone, then one mean over devices."""
-
-        def local(params, scale, seeds, tokens):
-            if seeds is not None:  # other rows, other masks
-                seeds = seeds + jax.lax.axis_index(BATCH_AXES).astype(jnp.uint32)
-            loss, grads = summed_gradients(gather_params(params, specs, mesh, dtype), scale, seeds, tokens)
-            return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, specs, mesh)
-
-        in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
-        return device_map(local, mesh, in_specs, (P(), specs))(params, scale, seeds, tokens)
-
-    def updates_by_sum(state: TrainState, seeds, tokens) -> tuple[Array, Any, Any]:
-        loss, grads = mean_loss_and_gradients(state.params, state.loss_scale.scale, seeds, tokens)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return loss, updates, opt_state
-
-    def updates_by_multisteps(state: TrainState, seeds, tokens) -> tuple[Array, Any, Any]:
-        """The same through optax.MultiSteps. Its accumulator is zero between steps: no checkpoint needs it."""
-        accumulating = optax.MultiSteps(optimizer, every_k_schedule=tokens.shape[0])
-        empty = accumulating.init(state.params)._replace(inner_opt_state=state.opt_state)
-
-        def micro(carry, xs):
-            multi_state, _, total = carry
-            seed, micro_tokens = xs
-            seed = None if seed is None else seed[None]
-            loss, grads = mean_loss_and_gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
-            updates, multi_state = accumulating.update(grads, multi_state, state.params)
-            return (multi_state, updates, total + loss), None
-
-        carry = (empty, jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
-        (multi_state, updates, total), _ = jax.lax.scan(micro, carry, (seeds, tokens))
-        return total / tokens.shape[0], updates, multi_state.inner_opt_state
-
-    get_updates = updates_by_multisteps if config.accumulation == "multisteps" else updates_by_sum
 
     def one_step(state: TrainState, tokens: Integer[Array, "A B T1"]) -> tuple[TrainState, Metrics]:
         loss, updates, opt_state = get_updates(state, seeds_of(state.step, tokens.shape[0]), tokens)
@@ -306,7 +335,7 @@ def make_train_step(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
-            loss_scale=state.loss_scale.next(finite, dtype),
+            loss_scale=state.loss_scale.next(finite, model_config.dtype),
             bad_steps=jnp.where(good, 0, state.bad_steps + 1),
             spikes=spikes,
         )
@@ -318,7 +347,7 @@ def make_train_step(
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(one_step, state, tokens)
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
     batch = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
     return jax.jit(
         train_step,

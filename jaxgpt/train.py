@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token,
 from jaxgpt.model import GPTConfig, Params, count_params
 from jaxgpt.processes import Processes, agree
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
+from jaxgpt.step import abstract_state, begin_state, create_state, make_eval_step, make_model_config, make_train_step
 
 SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter
 SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")
@@ -69,18 +67,15 @@ def train(config: ConfigDict) -> guard.Exit:
         guard.Stop() as stop,
         guard.Watchdog(config.stall_timeout) as watchdog,
     ):
-        with watchdog.allow("start", SLOW_LIMIT_S), ThreadPoolExecutor(1) as beside:
+        with watchdog.allow("start", SLOW_LIMIT_S):
             checkpoints.remove_leftovers()
-            state, info, step = checkpoints.restore(abstract) if resume else (None, {}, 0)
-            fresh = partial(create_state, config, model_config, mesh, weights and weights.params)
-            making = beside.submit(lambda: state or fresh())  # while the step compiles: each takes seconds
-            if jax.default_backend() == "cpu":
-                making.result()  # compiling both at once takes half as much memory again, and no less time
+            state, info, step = checkpoints.restore(abstract) if resume else (abstract, {}, 0)
+            making = None if resume else begin_state(config, model_config, mesh, weights and weights.params)
             n_params = count_params(abstract.params)
             flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
             k = choose_steps_per_call(config, step, flops)
             train_step = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch(k)).compile()
-            state = making.result()
+            state = making.result() if making else state
             write_run_files(run, config, data, step, evaluated=info.get("evaluated") == step)
             agree("compiled", {})
         with (
