@@ -71,14 +71,14 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     data = RunData(config, mesh)
     model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
-    state = begin_state(config, model_config, mesh)
+    making = begin_state(config, model_config, mesh)
     abstract = abstract_state(config, model_config, mesh)
     begin_trace = time.perf_counter()
     lowered = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch())
     lowered_at = time.perf_counter()
     train_step = lowered.compile()
     compiled_at = time.perf_counter()
-    state, metrics = train_step(state.result(), data.batch(0))
+    state, metrics = train_step(making.result(), data.batch(0))
     loss_first = float(metrics["loss"][-1])
     first_step_s = time.perf_counter() - start
 

@@ -221,12 +221,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         left = self._timeout
-        while not self._ended.wait(max(0.0, min(left, self._timeout / 4, 10.0))):
+        while not self._ended.wait(min(left, self._timeout / 4, 10.0)):
             left = self._deadline - time.monotonic()
             if left < 0:
                 print(f"watchdog: no {self._what} finished in time; every thread's stack:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-                if joined.client is not None:
+                if jax.distributed.is_initialized():
                     time.sleep(LINGER_S)  # others end with this one, and what all wait for may be in another
                 os._exit(Exit.STALLED)
             # If something keeps the interpreter's lock, this thread is stuck too: then faulthandler's own ends the run.
