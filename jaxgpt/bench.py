@@ -1,34 +1,29 @@
 """Measure speed: `python -m jaxgpt.bench --config configs/gpt2.py [--what=train|sample|data]` prints one JSON line."""
 
 import json
-import re
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.config import Parser, parse_config, run_main
 from jaxgpt.data import RunData, prefetch
-from jaxgpt.generate import Generator
-from jaxgpt.metrics import Stopwatch, flops_per_token, peak_bytes, peak_flops, peak_memory_gib
-from jaxgpt.model import GPTConfig, count_params, init_params
-from jaxgpt.optim import ADAMW_BYTES
-from jaxgpt.processes import Processes
-from jaxgpt.sharding import configure_jax, data_shards, make_mesh
+from jaxgpt.decoding import Generator
+from jaxgpt.metrics import Stopwatch, flops_per_token, peak_memory_gib
+from jaxgpt.models.gpt2 import count_params, init_params
+from jaxgpt.run.processes import Processes
+from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import abstract_state, begin_state, make_model_config, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
+from jaxgpt.tools.profile import least_work, profile_table
 
 
 def main(argv: Sequence[str]) -> None:
@@ -172,79 +167,6 @@ def bench_data(config: ConfigDict, steps: int) -> dict[str, Any]:
         data.train.rows_at(step)
         times.append(time.perf_counter() - start)
     return {"what": "data", "tokens_per_s": round(data.tokens_per_step / statistics.median(times[steps:]))}
-
-
-# First match in a kernel's name decides its kind
-KINDS = (
-    ("collectives", r"nccl|all-?reduce|all-?gather|reduce-?scatter"),
-    ("attention", r"flash|fmha|sdpa|attention|cudnn"),
-    ("matrix products", r"gemm|cublas|nvjet|cutlass|matmul|xmma|splitk"),
-    ("loss", r"_row_kernel|loss"),
-    ("normalization", r"norm"),
-    ("GELU", r"gelu"),
-    ("optimizer", r"select|adam"),
-    ("copies", r"memcpy|memset|copy|transpose"),
-)
-
-
-def least_work(config: ConfigDict, model: GPTConfig, mesh: Mesh, n_params: int) -> dict[str, tuple[float, str]]:
-    """What a step must do on a device at least, by kind of kernel: FLOPs, or bytes of memory read and written.
-
-    Products: 6 FLOPs a weight and token. Attention: 7·T²·C a layer and sequence, of which the causal mask leaves 2
-    forward and 5 backward (FlashAttention-2, arXiv 2307.08691). Of bytes every array counts once: the logits read and
-    their gradient written; 4 vectors of n_embd each way around a normalization and its residual; 3 of 4·n_embd in
-    GELU's derivative.
-    """
-    tensor = mesh.shape["tensor"]
-    sequences = config.batch_size * config.gradient_accumulation_steps // data_shards(mesh)
-    tokens, size, width = sequences * model.block_size, jnp.dtype(model.dtype).itemsize, model.n_embd
-    weights = 12 * model.n_layer * width**2 + model.padded_vocab_size * width
-    return {
-        "matrix products": (6 * tokens * weights / tensor, "FLOP"),
-        "attention": (7 * tokens * model.block_size * width * model.n_layer / tensor, "FLOP"),
-        "loss": (2 * tokens * model.padded_vocab_size * size / tensor, "byte"),
-        "normalization": (8 * tokens * width * size * (2 * model.n_layer + 1), "byte"),
-        "GELU": (12 * tokens * width * size * model.n_layer / tensor, "byte"),
-        "optimizer": (ADAMW_BYTES * n_params / mesh.shape["fsdp"] / tensor, "byte"),
-    }
-
-
-def profile_table(trace_dir: str, steps: int, least: dict[str, tuple[float, str]]) -> str:
-    """GPU time a step by kind of kernel, beside the least work and its time at data sheets' peaks; largest kernels."""
-    path = max(Path(trace_dir).rglob("*.xplane.pb"))
-    planes = jax.profiler.ProfileData.from_file(str(path)).planes
-    plane = next(p for p in planes if p.name.startswith("/device:"))
-    streams = [line for line in plane.lines if line.name.startswith("Stream")]
-    kernels = [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
-
-    def totals(name_of: Callable[[str], str]) -> list[tuple[str, float, int]]:
-        """Names with ms and kernels a step, the largest first."""
-        ms, count = Counter(), Counter()
-        for kernel, _, duration_ns in kernels:
-            name = name_of(kernel)
-            ms[name] += duration_ns / 1e6 / steps
-            count[name] += 1
-        return [(name, total, count[name] // steps) for name, total in ms.most_common()]
-
-    def kind(kernel: str) -> str:
-        return next((k for k, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other elementwise")
-
-    span = (max(start + ns for _, start, ns in kernels) - min(start for _, start, _ in kernels)) / 1e6 / steps
-    rows = totals(kind)
-    rows += [("idle", span - sum(ms for _, ms, _ in rows), 0), ("total", span, 0)]
-    peaks = {"FLOP": peak_flops(jax.devices()[0]), "byte": peak_bytes(jax.devices()[0])}
-
-    def floor(name: str) -> str:
-        if name not in least:
-            return ""
-        work, unit = least[name]
-        amount = f"{work / 1e12:>8.2f} TFLOP" if unit == "FLOP" else f"{work / 1e9:>8.2f} GB   "
-        peak = peaks[unit]
-        return amount + (f"{1e3 * work / peak:>10.3f} ms at {peak / 1e12:g} T{unit}/s" if peak else "")
-
-    lines = [f"{name:<20}{ms:>10.3f} ms a step {count:>8} kernels{floor(name)}" for name, ms, count in rows]
-    lines += [f"  {ms:>8.3f} ms {count:>5} × {name[:110]}" for name, ms, count in totals(str)[:30]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

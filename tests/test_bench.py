@@ -11,7 +11,7 @@ import pytest
 from jaxgpt import UserError, bench
 from jaxgpt.bench import main
 from jaxgpt.config import load_preset
-from jaxgpt.model import GPTConfig
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]

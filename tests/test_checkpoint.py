@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import UserError, checkpoint
-from jaxgpt.checkpoint import Checkpoints, digests
-from jaxgpt.guard import RunLock
+from jaxgpt import UserError
+from jaxgpt.run import checkpoint
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.digests import digests
+from jaxgpt.run.guard import RunLock
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "uint16", "int8", "bool"]
 
@@ -458,7 +460,7 @@ def test_saves_leave_nothing_in_memory(tmp_path):
 
 WRITER = """
 import sys, jax.numpy as jnp
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.run.checkpoint import Checkpoints
 ckpts = Checkpoints(sys.argv[1], keep=2)
 ckpts.remove_leftovers()
 step, abstract = 0, {"w": jnp.zeros((64, 64)), "step": jnp.int32(0)}
@@ -512,7 +514,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 out, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.run.checkpoint import Checkpoints
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), (AxisType.Auto,) * 2)
 specs = {"w": P(("data", "fsdp")), "r": P(), "f": P("fsdp")}
 shardings = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}

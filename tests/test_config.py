@@ -25,7 +25,7 @@ from jaxgpt.config import (
     unknown_key,
     validate,
 )
-from jaxgpt.model import GPTConfig, abstract_params, count_params
+from jaxgpt.models.gpt2 import GPTConfig, abstract_params, count_params
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = f"{CONFIGS / 'shakespeare_char.py'}:cpu"

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from jaxgpt import UserError, convert, train
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import default_config, save_config
-from jaxgpt.evaluate import open_model
-from jaxgpt.generate import Generator, Sampling
-from jaxgpt.model import GPTConfig, bind, init_params
+from jaxgpt.decoding import Generator, Sampling
+from jaxgpt.models.gpt2 import GPTConfig, bind, init_params
+from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, read_meta, write_meta
+from jaxgpt.weights.opening import open_model
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
 ROOT = Path(__file__).parents[1]

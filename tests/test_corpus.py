@@ -21,10 +21,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import UserError, corpus, texts
-from jaxgpt.corpus import build
+from jaxgpt import UserError
+from jaxgpt.corpus.shards import build
+from jaxgpt.corpus.sources import Files
 from jaxgpt.data import Corpus
-from jaxgpt.texts import Files
 from jaxgpt.tokenizer import gpt2, read_meta
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +34,8 @@ CHILD = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 from jaxgpt.config import run_main
-from jaxgpt.corpus import build
-from jaxgpt.texts import Files
+from jaxgpt.corpus.shards import build
+from jaxgpt.corpus.sources import Files
 def main(argv):
     build(Files(argv[:1]), argv[1], **json.loads(argv[2]))
     print(open("/proc/self/status").read())
@@ -318,7 +318,7 @@ def test_a_full_disk(jsonl, expected, tmp_path):
 
 FAST = """
 import numpy as np
-from jaxgpt import corpus
+from jaxgpt.corpus import shards
 corpus._encode = lambda pieces: np.zeros(sum(len(piece.text) for piece in pieces) // 4, "<u2")
 """
 

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError
 from jaxgpt.config import GPT2_SIZES, default_config
-from jaxgpt.dryrun import bytes_per_device, collectives, dry_run, step_bytes
-from jaxgpt.model import GPTConfig
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.sharding import make_mesh
+from jaxgpt.tools.dryrun import bytes_per_device, collectives, dry_run, step_bytes
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,13 +22,15 @@ from jax.sharding import Mesh
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from jaxgpt import UserError, evaluate
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import default_config, save_config
 from jaxgpt.data import Corpus
-from jaxgpt.evaluate import Row, Scorer, load_task, open_model
-from jaxgpt.model import GPTConfig, bind, init_params
+from jaxgpt.models.gpt2 import GPTConfig, bind, init_params
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.scoring.scorer import Row, Scorer
+from jaxgpt.scoring.tasks import load_task
 from jaxgpt.sharding import AXES, make_mesh
 from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, write_meta
+from jaxgpt.weights.opening import open_model
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
 ROOT = Path(__file__).parents[1]
@@ -394,7 +396,7 @@ def test_command_mistakes_are_one_error(trained, arguments, complaint):
 
 
 def test_a_mixtures_validation_asks_which_corpus(trained, monkeypatch):
-    model = evaluate.open_model(init_from=str(trained.folder / "safetensors"), mesh=make_mesh())
+    model = open_model(init_from=str(trained.folder / "safetensors"), mesh=make_mesh())
     monkeypatch.setattr(model, "weights", None)
     model.run_config.dataset = "a:0.7,b:0.3"
     with pytest.raises(UserError, match="was trained on several: add --data_dir"):

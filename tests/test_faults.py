@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
-from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.guard import Exit, Stop, trim_jsonl
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.guard import Exit, Stop, trim_jsonl
 from jaxgpt.step import SPIKE_STEPS, Spikes, create_state, make_model_config, make_train_step
 from jaxgpt.tokenizer import Meta, read_meta, write_meta
 from jaxgpt.train import train

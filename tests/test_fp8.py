@@ -10,7 +10,7 @@ from test_ops import normal, on_cuda
 
 from jaxgpt import UserError
 from jaxgpt.data import RunData
-from jaxgpt.model import GPTConfig, bind, init_params
+from jaxgpt.models.gpt2 import GPTConfig, bind, init_params
 from jaxgpt.ops import fp8
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
 from jaxgpt.ops.gelu import gelu, gelu_gradient, gelu_value

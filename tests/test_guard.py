@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import UserError, guard
-from jaxgpt.guard import Exit, RunLock, Stop, Watchdog, trim_jsonl
+from jaxgpt import UserError
+from jaxgpt.run import guard
+from jaxgpt.run.guard import Exit, RunLock, Stop, Watchdog, trim_jsonl
 
 
 def spawn(code, *args):
@@ -47,7 +48,7 @@ def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
 
 def test_lock_of_a_killed_process_is_free(tmp_path):
     holder = spawn(
-        "import sys, time; from jaxgpt.guard import RunLock\n"
+        "import sys, time; from jaxgpt.run.guard import RunLock\n"
         "with RunLock(sys.argv[1]): print('held', flush=True); time.sleep(100)",
         tmp_path,
     )
@@ -119,7 +120,7 @@ def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
 
 STOPPABLE = """
 import hashlib, sys, time
-from jaxgpt.guard import Exit, Stop
+from jaxgpt.run.guard import Exit, Stop
 with Stop() as stop:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(float(sys.argv[1]) * 1_000_000))  # C code that runs no Python, as XLA's
@@ -153,7 +154,7 @@ port, rank = sys.argv[1], int(sys.argv[2])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 from jax.experimental import multihost_utils
-from jaxgpt.guard import Exit, RunLock, Stop
+from jaxgpt.run.guard import Exit, RunLock, Stop
 with RunLock(sys.argv[3]), Stop() as stop:
     for step in range(10_000):
         if stop.requested():
@@ -185,7 +186,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(number, tmp_path):
 
 STALL = """
 import ctypes, sys, time
-from jaxgpt import guard
+from jaxgpt.run import guard
 guard.LOCK_HELD_GRACE_S = 0.3
 def stalled_step(how):
     if how == "sleep": time.sleep(60)

@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jaxgpt import UserError, hf
-from jaxgpt.model import GPTConfig, abstract_params, bind
+from jaxgpt import UserError
+from jaxgpt.models.gpt2 import GPTConfig, abstract_params, bind
 from jaxgpt.sharding import make_mesh, tree_shardings
+from jaxgpt.weights import hf
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
 EOT = 0
@@ -295,7 +296,10 @@ def test_a_missing_library_is_one_error(sound, monkeypatch):
 
 def test_a_name_that_cannot_be_had_is_one_error(tmp_path):
     """In a process that has imported nothing but what jaxgpt imports."""
-    code = "import sys; from jaxgpt import hf, config; config.run_main(lambda names: hf.open_weights(*names))"
+    code = (
+        "import sys; from jaxgpt.config import run_main; from jaxgpt.weights import hf; "
+        "run_main(lambda names: hf.open_weights(*names))"
+    )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     for name, said in (("gpt2-medium", "gpt2-medium cannot be fetched"), ("gpt3", "gpt3 is neither")):
         done = subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True, text=True, timeout=120)

@@ -77,5 +77,7 @@ def test_what_stays_apart(module):
 
 
 def test_the_walk_sees_every_form_of_import():
-    source = "import jaxgpt.model\nfrom jaxgpt import UserError, hf\ndef f():\n    from jaxgpt.ops.gelu import gelu\n"
+    source = (
+        "import jaxgpt.models.gpt2\nfrom jaxgpt import UserError, hf\ndef f():\n    from jaxgpt.ops.gelu import gelu\n"
+    )
     assert imports(source) == {"model", "hf", "ops.gelu"}

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.checkpoint import Checkpoints, digests
 from jaxgpt.data import RunData
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.digests import digests
 from jaxgpt.sharding import make_mesh
 from jaxgpt.step import create_state, make_model_config, make_train_step
 
@@ -90,10 +91,11 @@ def test_several_processes_train_as_one(count, alone, preset, tmp_path):
 RESTORE = """
 import json, sys
 import jax
-from jaxgpt.checkpoint import Checkpoints, digests
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.digests import digests
 from jaxgpt.config import load_preset
 from jaxgpt.data import RunData
-from jaxgpt.processes import Processes
+from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import make_mesh
 from jaxgpt.step import abstract_state, make_model_config, make_train_step
 with Processes():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.config import default_config, load_preset
-from jaxgpt.model import GPTConfig, abstract_params
+from jaxgpt.models.gpt2 import GPTConfig, abstract_params
 from jaxgpt.optim import decay_mask, learning_rate, make_optimizer
 
 

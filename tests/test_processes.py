@@ -11,7 +11,7 @@ from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 
 from jaxgpt import UserError, processes
-from jaxgpt.processes import Processes, agree, count_gpus, find_cluster
+from jaxgpt.run.processes import Processes, agree, count_gpus, find_cluster
 
 LAUNCHERS = ("JAX_", "OMPI_", "PMIX_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "TORCHELASTIC_", "JOB_COMPLETION")
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jaxgpt import sample
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import run_main, save_config
-from jaxgpt.model import GPTConfig, init_params
+from jaxgpt.models.gpt2 import GPTConfig, init_params
+from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sample import SEPARATOR, write_samples
 from jaxgpt.tokenizer import CharTokenizer, meta_for, write_meta
 

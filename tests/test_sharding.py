@@ -15,10 +15,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import GPT2_SIZES, default_config
-from jaxgpt.dryrun import bytes_per_device, collectives
-from jaxgpt.model import GPTConfig, abstract_params
+from jaxgpt.models.gpt2 import GPTConfig, abstract_params
+from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import (
     AXES,
     BATCH_AXES,
@@ -33,6 +32,7 @@ from jaxgpt.sharding import (
     tree_specs,
 )
 from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
+from jaxgpt.tools.dryrun import bytes_per_device, collectives
 
 VOCAB, STEPS, ROWS = 300, 10, 16
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]

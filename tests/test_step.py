@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 import jaxgpt.step
 from jaxgpt import UserError
-from jaxgpt.model import bind, init_params
+from jaxgpt.models.gpt2 import bind, init_params
 from jaxgpt.sharding import AXES
 from jaxgpt.step import (
     LossScale,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import UserError
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import read_config, run_main
+from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.step import abstract_state, make_model_config
 from jaxgpt.train import choose_steps_per_call, main
 

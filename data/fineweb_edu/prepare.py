@@ -5,16 +5,16 @@ Needs 50 GB for the hub's cache and 20 GB for the tokens. Run again after a stop
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt import corpus, texts
 from jaxgpt.config import run_main
+from jaxgpt.corpus import shards, sources
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = corpus.parser(__doc__, Path(__file__).parent)
+    parser = shards.parser(__doc__, Path(__file__).parent)
     parser.add_argument("--input", nargs="+", help="its .parquet files, or their folder; default: from the hub")
     args = vars(parser.parse_args(argv))
-    rows = texts.load_rows("HuggingFaceFW/fineweb-edu", "sample-10BT", args.pop("input"))
-    corpus.build(texts.Rows("fineweb-edu sample-10BT", {"train": rows}), first_shard_is_val=True, **args)
+    rows = sources.load_rows("HuggingFaceFW/fineweb-edu", "sample-10BT", args.pop("input"))
+    shards.build(sources.Rows("fineweb-edu sample-10BT", {"train": rows}), first_shard_is_val=True, **args)
 
 
 if __name__ == "__main__":

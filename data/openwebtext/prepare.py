@@ -5,17 +5,17 @@ validation. Needs 54 GB for the hub's cache and 18 GB for the tokens. Run again 
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt import corpus, texts
 from jaxgpt.config import run_main
+from jaxgpt.corpus import shards, sources
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = corpus.parser(__doc__, Path(__file__).parent)
+    parser = shards.parser(__doc__, Path(__file__).parent)
     parser.add_argument("--input", nargs="+", help="its .parquet files, or their folder; default: from the hub")
     args = vars(parser.parse_args(argv))
-    rows = texts.load_rows("Skylion007/openwebtext", None, args.pop("input"), rows=8_013_769)
+    rows = sources.load_rows("Skylion007/openwebtext", None, args.pop("input"), rows=8_013_769)
     parts = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    corpus.build(texts.Rows("openwebtext", {"val": parts["test"], "train": parts["train"]}), **args)
+    shards.build(sources.Rows("openwebtext", {"val": parts["test"], "train": parts["train"]}), **args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import requests
 
 from jaxgpt import UserError, atomic_write
 from jaxgpt.config import run_main
-from jaxgpt.texts import pip_download
+from jaxgpt.corpus.sources import pip_download
 from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, read_meta, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

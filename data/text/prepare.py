@@ -6,12 +6,12 @@ python data/text/prepare.py notes/ books/*.txt.gz posts.jsonl --field=body --out
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt import corpus, texts
 from jaxgpt.config import run_main
+from jaxgpt.corpus import shards, sources
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = corpus.parser(__doc__, Path(__file__).parent)
+    parser = shards.parser(__doc__, Path(__file__).parent)
     parser.add_argument(
         "inputs", nargs="+", help=".txt, .md, .jsonl (also .gz, .zst), .parquet files, folders or globs"
     )
@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default) or the path of a tokenizer.json")
     parser.add_argument("--eot", help="the tokenizer's token that ends a document; default: the usual ones")
     args = vars(parser.parse_args(argv))
-    source = texts.Files(*(args.pop(key) for key in ("inputs", "val", "field", "val_fraction")))
-    corpus.build(source, **args)
+    source = sources.Files(*(args.pop(key) for key in ("inputs", "val", "field", "val_fraction")))
+    shards.build(source, **args)
 
 
 if __name__ == "__main__":

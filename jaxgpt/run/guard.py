@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxgpt import UserError, atomic_write
-from jaxgpt.processes import LINGER_S, joined
+from jaxgpt.run.processes import LINGER_S, joined
 
 try:
     import fcntl

@@ -29,7 +29,7 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from jaxgpt import UserError, atomic_write
-from jaxgpt.texts import PIECE, Piece, Source
+from jaxgpt.corpus.sources import PIECE, Piece, Source
 from jaxgpt.tokenizer import JsonTokenizer, Tokenizer, gpt2, meta_for, read_meta, token_dtype, write_meta
 
 PROGRESS = "progress.json"  # in the corpus's folder: the finished shards, as long as there is no meta.json

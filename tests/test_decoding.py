@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import UserError, generate
-from jaxgpt.generate import Generator, Sampling
-from jaxgpt.model import GPTConfig, KVCache, abstract_params, bind
+from jaxgpt import UserError
+from jaxgpt import decoding as generate
+from jaxgpt.decoding import Generator, Sampling
+from jaxgpt.models.gpt2 import GPTConfig, KVCache, abstract_params, bind
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = GPTConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True)

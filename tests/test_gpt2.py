@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jaxgpt.model
+import jaxgpt.models.gpt2
 import jaxgpt.ops.attention
 from jaxgpt import UserError
-from jaxgpt.model import GPTConfig, KVCache, abstract_params, bind, count_params, init_params
+from jaxgpt.models.gpt2 import GPTConfig, KVCache, abstract_params, bind, count_params, init_params
 from jaxgpt.ops.dropout import dropout, keep_mask
 
 SMALL = GPTConfig(block_size=12, vocab_size=27, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -349,7 +349,7 @@ def test_dropout_acts_where_nanogpt_has_it(monkeypatch):
         masks.append(keep_mask(x.shape, rate, seed))
         return dropout(x, rate, seed)
 
-    monkeypatch.setattr(jaxgpt.model, "dropout", recording)
+    monkeypatch.setattr(jaxgpt.models.gpt2, "dropout", recording)
     monkeypatch.setattr(jaxgpt.ops.attention, "dropout", recording)
     loss, drawn = jax.jit(lambda p: (bind(config, p).loss(tokens, targets, seed=jnp.uint32(7)), list(masks)))(params)
     states, weights = (batch * time, 16), (batch, 2, time, time)

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.data import RunData
-from jaxgpt.model import GPTConfig, count_params
-from jaxgpt.processes import count_gpus
+from jaxgpt.models.gpt2 import GPTConfig, count_params
+from jaxgpt.run.launchers import count_gpus
 from jaxgpt.sharding import AXES, BATCH_AXES, data_shards, make_mesh
 from jaxgpt.step import TrainState, abstract_state, make_model_config, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, token_dtype

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from jaxgpt import UserError
-from jaxgpt.model import GPTConfig, KVCache, Params, bind
+from jaxgpt.models.gpt2 import GPTConfig, KVCache, Params, bind
 from jaxgpt.ops.choose import Rule, choose
 from jaxgpt.ops.decode import attend, linear
 

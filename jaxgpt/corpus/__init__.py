@@ -1,0 +1,1 @@
+"""Text to token shards: sources of text, and shards of their tokens."""

@@ -1,0 +1,1 @@
+"""Measures of a model: losses of rows of tokens, task suites."""

@@ -1,0 +1,147 @@
+"""Opens a model for whoever uses one: a run's folder, one of OpenAI's names, or a Hugging Face folder."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.tree_util import tree_map_with_path
+from ml_collections import ConfigDict
+
+from jaxgpt import UserError
+from jaxgpt.config import CHOICES, GPT2_SIZES, Parser, default_config, read_config
+from jaxgpt.models.gpt2 import GPTConfig, Params, abstract_params
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.sharding import tree_shardings
+from jaxgpt.step import make_model_config
+from jaxgpt.tokenizer import Meta, Tokenizer, corpus_meta, load_tokenizer
+from jaxgpt.weights import hf
+
+Which = Literal["best", "latest"] | int  # a checkpoint of a run
+
+
+@dataclasses.dataclass
+class OpenedModel:
+    """A model to use: its shape is known; parameters and tokenizer are loaded when first asked for.
+
+    So whatever is wrong with the tokenizer, the corpus or the settings shows before gigabytes are read.
+    """
+
+    source: str  # the name or folder it came from
+    folder: Path
+    meta: Meta  # of its tokenizer
+    run_config: ConfigDict  # a run's, or the defaults with the shape of a Hugging Face model
+    config: GPTConfig
+    weights: hf.Weights | None  # of a Hugging Face model; a run has none
+    mesh: Mesh
+    which: Which
+    param_dtype: str
+    step: int | None = None  # of a run's checkpoint, once `params` have been read
+
+    def adopt(self, config: ConfigDict) -> None:
+        """Fits the config of a run that starts from these weights: sizes that are 0 there become the weights'.
+
+        UserError, naming the key and both values, where it contradicts them.
+        """
+        for key in ("n_layer", "n_head", "n_embd", "bias"):
+            if key != "bias" and config[key] == 0:
+                config[key] = self.run_config[key]
+            if config[key] != self.run_config[key]:
+                raise UserError(
+                    f"{key}={config[key]} contradicts the weights of {self.source}; set {key}={self.run_config[key]}"
+                )
+
+    def check_corpus(self, meta: Meta) -> None:
+        """UserError unless the corpus has the model's vocabulary, of which the model may have padded the size."""
+        ours, theirs = self.meta, meta
+        padded = -(-theirs.vocab_size // 128) * 128
+        other_characters = ours.itos and theirs.itos and ours.itos != theirs.itos
+        if other_characters or not theirs.vocab_size <= ours.vocab_size <= padded:
+            raise UserError(
+                f"the corpus has a vocabulary of {theirs.vocab_size:,} ({theirs.tokenizer}), {self.source} another of "
+                f"{ours.vocab_size:,} ({ours.tokenizer}); prepare the corpus with the model's tokenizer"
+            )
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError if it is not there."""
+        return load_tokenizer(self.meta, self.folder)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters on the mesh, in param_dtype but for those of layer norms, which compute in float32."""
+
+        def dtype_of(path, x) -> jnp.dtype:
+            return x.dtype if "ln_" in jax.tree_util.keystr(path) else jnp.dtype(self.param_dtype)
+
+        stored = dataclasses.replace(self.config, block_size=self.run_config.block_size)
+        shapes = abstract_params(self.config if self.weights else stored)
+        shapes = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, tree_shardings(shapes, self.mesh))
+        if self.weights:
+            return self.weights.params(tree_map_with_path(lambda path, x: x.update(dtype=dtype_of(path, x)), shapes))
+        state, _, self.step = Checkpoints(self.folder).restore({"params": shapes}, self.which)
+        params = tree_map_with_path(lambda path, x: x.astype(dtype_of(path, x)), state["params"])
+        params["wpe"]["embedding"] = params["wpe"]["embedding"][: self.config.block_size]
+        return params
+
+
+def open_model(
+    out_dir: str | None = None,
+    init_from: str | None = None,
+    *,
+    mesh: Mesh,
+    dtype: str = "auto",
+    which: Which = "best",
+    param_dtype: str | None = None,
+    block_size: int | None = None,
+) -> OpenedModel:
+    """A run's folder (out_dir), or what init_from names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of either.
+
+    dtype: of the computation. param_dtype: in which the parameters are kept, by default the same: the computation casts
+    them to it anyway, so that the results are the same to the bit. which: the checkpoint of a run. block_size: fewer
+    positions than the model has. UserError if there is no such model.
+    """
+    if (not out_dir) == (not init_from):
+        raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
+    source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
+    folder = Path(source)
+    has_config = source not in GPT2_SIZES and (folder / "config.json").is_file()
+    if has_config and "model_type" not in hf.read_json(folder / "config.json"):
+        weights, run = None, read_config(folder)
+        meta = corpus_meta(folder)
+    else:
+        weights, run = hf.open_weights(source), default_config()
+        folder, meta = weights.folder, weights.meta
+        run.update({key: value for key, value in weights.fields.items() if key in run})
+    block_size = run.block_size if block_size is None else block_size
+    if block_size > run.block_size:
+        raise UserError(f"block_size={block_size} is more than the {run.block_size} positions of {source}; lower it")
+    here = run.copy_and_resolve_references()  # what the run's own machine decided does not bind this one
+    here.update(dtype=dtype, matmul_dtype="auto", attention="auto", kernels="auto", remat="none", block_size=block_size)
+    config = make_model_config(here, meta.vocab_size, mesh, meta.eot)
+    return OpenedModel(source, folder, meta, run, config, weights, mesh, which, param_dtype or config.dtype)
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """The arguments that name a model for open_model."""
+    parser.add_argument("--out_dir", help="folder of a run")
+    parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    add_checkpoint_argument(parser)
+    parser.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
+
+
+def add_checkpoint_argument(parser: Parser) -> None:
+    """--checkpoint: open_model's `which`."""
+    parser.add_argument("--checkpoint", type=which_checkpoint, default="best", help="of a run: best, latest or a step")
+
+
+def which_checkpoint(text: str) -> Which:
+    """best, latest or a step. UserError on anything else."""
+    if text == "best" or text == "latest":
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise UserError(f"--checkpoint={text} is not best, latest or a step")
