@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,12 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
+from tiktoken.load import read_file_cached
+from torch.torch_version import TorchVersion
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from jaxgpt import UserError
 from jaxgpt.models.gpt2 import GPTConfig, abstract_params, bind
 from jaxgpt.sharding import make_mesh, tree_shardings
+from jaxgpt.tokenizer import GPT2_URL
 from jaxgpt.weights import hf
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
@@ -203,15 +208,149 @@ def test_every_tensor_is_accounted_for_by_name(sound, tmp_path_factory, name, da
     assert name.removeprefix("transformer.") in str(error.value)
 
 
-def test_an_untied_head_is_refused_and_a_tied_one_is_not(sound, tmp_path):
+def change(folder: Path, *, remove=(), add=None, **config) -> Path:
+    """Changes a folder's tensors and config.json: names to remove, tensors to add, values to set (Ellipsis removes)."""
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in remove} | (add or {})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    new = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in new.items() if v is not ...}))
+    return folder
+
+
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+
+
+def as_saved_by_save_model(folder: Path, table: torch.Tensor) -> None:
+    """Of tied tensors it keeps lm_head.weight."""
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    assert WTE not in load_file(folder / "model.safetensors")
+
+
+# What others write that computes the same. transformers must read each alike, or the test says nothing.
+SAME_FUNCTION = {
+    "save_model": as_saved_by_save_model,
+    "head twice": lambda f, table: change(f, add={HEAD: table}),
+    "untied flag, equal head": lambda f, table: change(f, add={HEAD: table}, tie_word_embeddings=False),
+    "no flag": lambda f, table: change(f, tie_word_embeddings=...),
+    "prefixed head": lambda f, table: change(f, add={"transformer.lm_head.weight": table}),
+    "other heads": lambda f, table: change(
+        f, add={"multiple_choice_head.summary.weight": torch.ones(1, 24), "score.weight": torch.ones(2, 24)}
+    ),
+    "masks": lambda f, table: change(f, add={"transformer.h.0.attn.bias": torch.ones(1, 1, 40, 40).tril()}),
+    "n_inner": lambda f, table: change(f, n_inner=4 * 24),
+    "n_ctx": lambda f, table: change(f, n_ctx=1024),
+    "upcast": lambda f, table: change(f, reorder_and_upcast_attn=True),
+    "eos list": lambda f, table: change(f, eos_token_id=[EOT, EOT]),
+    "float64": lambda f, table: change(
+        f, add={k: v.double() for k, v in load_file(f / "model.safetensors").items()}, dtype="float32"
+    ),
+    "other names": lambda f, table: change(
+        f, n_embd=..., n_positions=..., n_head=..., n_layer=..., hidden_size=24, max_position_embeddings=40,
+        num_attention_heads=2, num_hidden_layers=2,
+    ),
+    "default n_head": lambda f, table: change(f, n_head=...),  # 12, whatever it was trained with
+    **{
+        gelu: partial(lambda f, table, gelu: change(f, activation_function=gelu), gelu=gelu)
+        for gelu in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME_FUNCTION)
+def test_what_computes_the_same_is_read_as_transformers_reads_it(sound, tmp_path, kind):
     folder = copy_of(sound, tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
-    save_file(tensors, folder / "model.safetensors")
-    load(folder)
-    tensors["lm_head.weight"][5, 5] += 1
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match="lm_head.weight differs"):
+    SAME_FUNCTION[kind](folder, load_file(folder / "model.safetensors")[WTE].clone())
+    tokens = np.arange(40)[None]
+    config, params = load(folder)
+    theirs = torch_logits(GPT2LMHeadModel.from_pretrained(folder).eval(), tokens)
+    np.testing.assert_allclose(logits(config, params, tokens), theirs, rtol=0, atol=2e-5)
+    assert hf.open_weights(str(folder)).meta.eot == EOT
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"add": {HEAD: torch.ones(131, 24)}}, "lm_head.weight differs"),
+        ({"add": {HEAD: torch.ones(131, 24)}, "remove": [WTE], "tie_word_embeddings": False}, "wte.weight is missing"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False, but lm_head.weight is missing"),
+        ({"remove": [WTE]}, "wte.weight is missing"),
+        ({"num_hidden_layers": 1}, "n_layer=2 contradicts num_hidden_layers=1"),
+        ({"n_head": 5}, "n_embd=24 is not divisible by n_head=5"),
+        ({"n_layer": ...}, "h.2.ln_1.weight is missing"),  # GPT-2's 12
+        ({"add": {"transformer.h.0.attn.lora_A": torch.ones(2, 2)}}, "lora_A is no tensor of GPT-2"),
+        ({"add": {"_orig_mod.transformer.wte.weight": torch.ones(131, 24)}, "remove": [WTE]}, "_orig_mod"),
+    ],
+)
+def test_what_is_another_function_is_refused_by_name(sound, tmp_path, changes, complaint):
+    folder = change(copy_of(sound, tmp_path), **changes)
+    with pytest.raises(UserError, match=complaint):
+        hf.open_weights(str(folder))
+
+
+@pytest.mark.parametrize("ids, eot", [([7, 7], 7), ([7], 7), ([7, 8], None), ([], None), (None, None), (131, None)])
+def test_an_end_of_text_is_one_id(sound, tmp_path, ids, eot):
+    assert hf.open_weights(str(change(copy_of(sound, tmp_path), eos_token_id=ids))).meta.eot == eot
+
+
+def test_only_gpt2s_own_vocabulary_is_taken_for_gpt2s(tmp_path, gpt2_files):
+    """As transformers wrote it for years: vocab.json and merges.txt, no tokenizer.json."""
+    folder = write(random_gpt2(vocab_size=50257, n_embd=4, n_layer=1), tmp_path / "hf", "safetensors")
+    vocabulary, merges = (read_file_cached(GPT2_URL + name, None).decode() for name in ("encoder.json", "vocab.bpe"))
+
+    def tokenizer() -> str:
+        return hf.open_weights(str(folder)).meta.tokenizer
+
+    assert tokenizer() == "gpt2", "OpenAI's weights come without"
+    ids = json.loads(vocabulary)
+    (folder / "vocab.json").write_text(json.dumps(dict(reversed(ids.items())), ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(merges.rstrip("\n"), encoding="utf-8")
+    assert tokenizer() == "gpt2"
+    (folder / "merges.txt").write_text(merges.replace("Ġ t\n", "t Ġ\n", 1), encoding="utf-8")
+    assert tokenizer() == "tokenizer.json"
+    (folder / "merges.txt").unlink()
+    (folder / "vocab.json").write_text(json.dumps(ids | {"Ġthe": ids["Ġa"], "Ġa": ids["Ġthe"]}))
+    assert tokenizer() == "tokenizer.json"
+    (folder / "vocab.json").write_text("[")
+    assert tokenizer() == "tokenizer.json"
+
+
+@pytest.mark.parametrize("kind", ["bin", "legacy bin"])
+def test_parameters_are_read_like_tensors(tmp_path, kind):
+    """torch.save(dict(model.named_parameters())) pickles nn.Parameter, which asks for its gradient."""
+    model = random_gpt2()
+    folder = write(model, tmp_path / "hf", kind)
+    state = {name: torch.nn.Parameter(p) for name, p in model.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
+    config, params = load(folder)
+    tokens = np.arange(40)[None]
+    np.testing.assert_allclose(logits(config, params, tokens), torch_logits(model, tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        ("sparse_coo", lambda t: t.to_sparse()),
+        ("sparse_csr", lambda t: t.to_sparse_csr()),
+        ("meta", lambda t: t.to("meta")),
+        ("nested", lambda t: torch.nested.nested_tensor([t, t])),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta:UserWarning")
+def test_tensors_without_dense_values_are_one_error(tmp_path, kind, make):
+    folder = write(random_gpt2(), tmp_path / "hf", "bin")
+    state = torch.load(folder / "pytorch_model.bin")
+    torch.save(state | {WTE: make(state[WTE])}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"transformer.wte.weight is a {kind} tensor; only dense"):
+        hf.open_weights(str(folder))
+
+
+@pytest.mark.parametrize("version", ["2.5.1", "2.9.1+cu128"])
+def test_a_torch_whose_unpickler_can_be_escaped_is_refused(tmp_path, monkeypatch, version):
+    folder = write(random_gpt2(), tmp_path / "hf", "bin")
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with pytest.raises(UserError, match=rf"torch {re.escape(version)} cannot read one safely; run: pip install"):
         hf.open_weights(str(folder))
 
 
@@ -220,7 +359,7 @@ def test_an_untied_head_is_refused_and_a_tied_one_is_not(sound, tmp_path):
     [
         ("model_type", "llama"), ("activation_function", "gelu"), ("activation_function", "relu"), ("n_inner", 100),
         ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("layer_norm_epsilon", 1e-6),
-        ("add_cross_attention", True), ("tie_word_embeddings", False), ("quantization_config", {"bits": 8}),
+        ("add_cross_attention", True), ("tie_word_embeddings", None), ("quantization_config", {"bits": 8}),
         ("n_layer", 0), ("n_embd", "24"), ("vocab_size", None),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 Nothing is read before every tensor of the model has been accounted for by name, shape and kind, and then one at a time.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxgpt import UserError, optional
 from jaxgpt.config import GPT2_SIZES
-from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, token_dtype
+from jaxgpt.tokenizer import GPT2_FILES, GPT2_VOCAB_SIZE, Meta, token_dtype
 
 # Of each module: its name, GPT-2's and ours; what we call its weight; GPT-2's shape of that, with V vocabulary,
 # T positions, C n_embd. All but the embeddings have a bias as well, of the last dimension's size. Matrices are (in,
@@ -36,23 +37,34 @@ TABLE = (
     ("h.{i}.mlp.c_proj", "kernel", "4C C"),
     ("ln_f", "scale", "C"),
 )
-NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files carry as buffers
-HEAD = "lm_head.weight"  # tied to wte: absent, or the same again
+# Not part of the language model: the causal mask, which old files carry as buffers, and the heads of the other GPT-2
+# classes of transformers and TRL, which transformers leaves out as well when it opens a language model.
+NOT_WEIGHTS = re.compile(
+    r"h\.\d+\.attn\.(bias|masked_bias)|(multiple_choice_head|score|classifier|qa_outputs|v_head)\..+"
+)
+TABLE_NAME, HEAD = "wte.weight", "lm_head.weight"  # one tied parameter: stored under either name or twice
 
-# What config.json must say, where it says anything, for its weights to mean what our model computes.
+# What config.json must say, where it says anything, for its weights to mean what our model computes: what we write,
+# then what computes the same. Absent keys have these values in transformers' GPT2Config too.
 OUR_ARCHITECTURE = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of GELU's tanh form
+    # GELU's tanh form has five names in transformers' activations.py
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),  # False: the head is stored, and must equal the table
     "quantization_config": (None,),
 }
 SIZES = {k: k for k in ("vocab_size", "n_layer", "n_head", "n_embd")} | {"block_size": "n_positions"}  # ours: GPT-2's
+# GPT2Config's other names for sizes (its attribute_map), and the sizes of a config.json that gives none
+OTHER_NAMES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_head": "num_attention_heads",
+               "n_layer": "num_hidden_layers"}  # fmt: skip
+GPT2_SMALL = {"vocab_size": GPT2_VOCAB_SIZE, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = re.compile(r"(B?F|torch\.b?float)(16|32|64)")  # as safetensors and torch name them
+SAFE_TORCH = (2, 10)  # before it weights_only=True could be escaped (GHSA-53q9-r3pm-6pq6, GHSA-63cw-57p8-fm3p)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -99,7 +111,7 @@ class Weights(NamedTuple):
         def place(path, leaf) -> jax.Array:
             name = names[tuple(p.key for p in path)]
             tensor = self.tensors[name].read()
-            if name == "wte.weight":
+            if name == TABLE_NAME:
                 tensor = np.pad(tensor, ((0, leaf.shape[0] - len(tensor)), (0, 0)))
             elif name == "wpe.weight":
                 tensor = tensor[: leaf.shape[0]]
@@ -112,7 +124,7 @@ class Weights(NamedTuple):
 def open_weights(source: str) -> Weights:
     """The weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl (fetched from the hub or its cache) or of a local folder.
 
-    Reads names and shapes, and compares lm_head with wte where both are stored; no weight is placed anywhere yet.
+    Reads names and shapes, and compares lm_head with wte where both are stored; no weight is placed on a device yet.
     UserError: not there, damaged, not GPT-2's architecture, a tensor missing, unknown or of the wrong shape.
     """
     folder = _download(source) if source in GPT2_SIZES else Path(source)
@@ -122,7 +134,7 @@ def open_weights(source: str) -> Weights:
     config = read_json(path)
     fields = _fields(config, path)
     wanted = _table(fields)
-    wanted[HEAD] = wanted["wte.weight"]
+    wanted[HEAD] = wanted[TABLE_NAME]
     tensors: dict[str, Tensor] = {}
     problems = []
     for stored, tensor in _open_files(folder):
@@ -138,13 +150,19 @@ def open_weights(source: str) -> Weights:
         elif not FLOATS.fullmatch(tensor.dtype):
             problems.append(f"{stored} is stored as {tensor.dtype}; only float weights are supported")
         tensors[name] = tensor
+    tied = config.get("tie_word_embeddings", True)
+    if HEAD in tensors and tied:  # safetensors.torch.save_model keeps this one of the two names
+        tensors.setdefault(TABLE_NAME, tensors[HEAD])
+    elif not tied and HEAD not in tensors:
+        problems.append(f"tie_word_embeddings=False, but {HEAD} is missing")
     problems += [f"{name} is missing" for name in wanted if name not in tensors and name != HEAD]
     if problems:
         more = f" (and {len(problems) - 1} problems more)" if problems[1:] else ""
         raise UserError(f"{folder}: {problems[0]}{more}; these are not a whole GPT-2's weights")
-    if HEAD in tensors and not np.array_equal(tensors[HEAD].read(), tensors["wte.weight"].read()):
-        raise UserError(f"{folder}: {HEAD} differs from wte.weight; GPT-2 ties them, untied weights cannot be used")
-    return Weights(folder, fields, _meta(folder, config), tensors)
+    head, table = tensors.pop(HEAD, None), tensors[TABLE_NAME]
+    if head and head is not table and not np.array_equal(head.read(), table.read(), equal_nan=True):
+        raise UserError(f"{folder}: {HEAD} differs from {TABLE_NAME}; GPT-2 ties them, untied weights cannot be used")
+    return Weights(folder, fields, _meta(folder, fields["vocab_size"], config), tensors)
 
 
 def first_line(error: BaseException) -> str:
@@ -168,20 +186,53 @@ def _fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key, allowed in OUR_ARCHITECTURE.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}={config[key]!r}, but only GPT-2's {key}={allowed[0]!r} is supported")
-    for key in SIZES.values():
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise UserError(f"{path}: {key}={config.get(key)!r} is not a positive number; fetch the file again")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+    sizes = {}
+    for key, default in GPT2_SMALL.items():
+        given = {name: config[name] for name in (key, OTHER_NAMES.get(key, key)) if name in config} or {key: default}
+        for name, size in given.items():
+            if type(size) is not int or size < 1:
+                raise UserError(f"{path}: {name}={size!r} is not a positive number; fetch the file again")
+            if size != next(iter(given.values())):
+                raise UserError(f"{path}: {key}={given[key]} contradicts {name}={size}; remove one")
+            sizes[key] = size
+    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise UserError(f"{path}: n_inner={config['n_inner']!r}, but only GPT-2's 4·n_embd is supported")
-    return {ours: config[theirs] for ours, theirs in SIZES.items()} | {"bias": True}
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(f"{path}: n_embd={sizes['n_embd']} is not divisible by n_head={sizes['n_head']}")
+    return {ours: sizes[theirs] for ours, theirs in SIZES.items()} | {"bias": True}
 
 
-def _meta(folder: Path, config: Mapping[str, Any]) -> Meta:
-    """The tokenizer of a model's folder: its own tokenizer.json, or GPT-2's where the vocabulary is as large."""
-    size, eot = config["vocab_size"], config.get("eos_token_id", GPT2_VOCAB_SIZE - 1)
-    gpt2 = size == GPT2_VOCAB_SIZE and not (folder / "tokenizer.json").is_file()
+def _meta(folder: Path, size: int, config: Mapping[str, Any]) -> Meta:
+    """The tokenizer of a model's folder: its own tokenizer.json, or GPT-2's unless other vocabulary files are there."""
+    eot = config.get("eos_token_id", GPT2_VOCAB_SIZE - 1)
+    if isinstance(eot, list) and eot and eot.count(eot[0]) == len(eot):  # of several different ones none is *the* one
+        eot = eot[0]
+    own = (folder / "tokenizer.json").is_file() or not _vocabulary_is_gpt2(folder)
+    name = "gpt2" if size == GPT2_VOCAB_SIZE and not own else "tokenizer.json"
     eot = eot if type(eot) is int and 0 <= eot < size else None
-    return Meta(size, "gpt2" if gpt2 else "tokenizer.json", token_dtype(size), eot=eot)
+    return Meta(size, name, token_dtype(size), eot=eot)
+
+
+def _vocabulary_is_gpt2(folder: Path) -> bool:
+    """Whether vocab.json and merges.txt, so far as they are there, say what OpenAI's encoder.json and vocab.bpe do."""
+
+    def same(name: str, original: str, normalize: Callable[[str], str]) -> bool:
+        try:
+            text = normalize((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return False  # damaged: whatever it was
+        return hashlib.sha256(text.encode()).hexdigest() == GPT2_FILES[original]
+
+    def vocabulary(text: str) -> str:  # in the order of ids and escaped to ASCII, as OpenAI wrote it
+        return json.dumps(dict(sorted(json.loads(text).items(), key=lambda item: item[1])))
+
+    def merges(text: str) -> str:
+        lines = [line for line in text.splitlines() if not line.startswith("#version")]
+        return "\n".join(["#version: 0.2", *lines, ""])
+
+    return same("vocab.json", "encoder.json", vocabulary) and same("merges.txt", "vocab.bpe", merges)
 
 
 def _download(name: str) -> Path:
@@ -235,6 +286,11 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _open_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
     """A torch file, unpickled by torch's reader of tensors alone: code in it is refused, never run."""
     torch = optional("torch", "torch", path)
+    if torch.__version__ < SAFE_TORCH:
+        raise UserError(
+            f"{path} is a pickle, and torch {torch.__version__} cannot read one safely; "
+            "run: pip install 'torch>=2.10', or use the model's .safetensors"
+        )
     try:
         mmap = zipfile.is_zipfile(path)  # as torch writes since 1.6
         with warnings.catch_warnings(action="ignore"):
@@ -246,7 +302,13 @@ def _open_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise UserError(f"{path} is not a model's state: a dictionary of tensors")
 
+    for name, t in tensors.items():
+        if t.is_meta or t.is_nested or t.layout != torch.strided:
+            kind = "meta" if t.is_meta else "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is a {kind} tensor; only dense weights are supported")
+
     def read(tensor) -> np.ndarray:
+        tensor = tensor.detach()  # an nn.Parameter
         if tensor.dtype == torch.bfloat16:  # unknown to torch's numpy bridge
             return tensor.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
