@@ -6,7 +6,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -14,14 +13,15 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.config import Parser, parse_config, run_main
+from jaxgpt.config import DataConfig, Parser, parse_config, resolve, run_main
 from jaxgpt.data import RunData, prefetch
 from jaxgpt.decoding import Generator
-from jaxgpt.metrics import Stopwatch, flops_per_token, peak_memory_gib
-from jaxgpt.models.gpt2 import count_params, init_params
+from jaxgpt.keys import take
+from jaxgpt.metrics import Stopwatch, environment, peak_memory_gib
+from jaxgpt.models import count_params, init_params
 from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.step import abstract_state, begin_state, make_model_config, make_train_step
+from jaxgpt.step import abstract_state, begin_state, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 from jaxgpt.tools.profile import least_work, profile_table
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--profile", action="store_true", help="also print GPU time by kind of kernel")
     configure_jax()
     with Processes():
-        config, args = parse_config(argv, parser)
+        config, _, args = parse_config(argv, parser)
         for name in ("steps", "num_samples", "max_new_tokens"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
@@ -48,12 +48,6 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(result | environment()))
 
 
-def environment() -> dict[str, Any]:
-    """Device and versions, for a result's record."""
-    packages = ("jax", "jaxlib", "flax", "optax")
-    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()} | {p: version(p) for p in packages}
-
-
 def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]:
     """Whole optimizer steps: ms a step, tokens/s, MFU, peak GiB, seconds to the first one.
 
@@ -64,12 +58,12 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     if profile and jax.default_backend() != "gpu":
         raise UserError("--profile needs a GPU")
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    data = RunData(config, mesh)
-    model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
-    making = begin_state(config, model_config, mesh)
-    abstract = abstract_state(config, model_config, mesh)
+    data = RunData(take(DataConfig, config), config.block_size, mesh)
+    parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
+    making = begin_state(parts, mesh)
+    abstract = abstract_state(parts, mesh)
     begin_trace = time.perf_counter()
-    lowered = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch())
+    lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch())
     lowered_at = time.perf_counter()
     train_step = lowered.compile()
     compiled_at = time.perf_counter()
@@ -86,8 +80,8 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         state, loss, fixed_ms = time_steps(train_step, state, fixed)
         times.append((ms, fixed_ms))
     step_ms, fixed_ms = (statistics.median(column) for column in zip(*times, strict=True))
-    n = count_params(state.params)
-    flops = flops_per_token(n, config.n_layer, config.n_embd, config.block_size) * data.tokens_per_step
+    n = count_params(parts.model, state.params)
+    flops = parts.model.flops_per_token(state.params) * data.tokens_per_step
     speed = Stopwatch(flops, data.tokens_per_step).speed(step_ms / 1e3)
     result = {
         "what": "train",
@@ -110,7 +104,7 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
                 for _ in range(3):
                     state, _ = train_step(state, fixed[0])
                 jax.block_until_ready(state)
-            least = least_work(config, model_config, mesh, count_params(state.params, non_embedding=False))
+            least = least_work(parts, mesh, state.params)
             print(profile_table(folder, 3, least), file=sys.stderr)
     return result
 
@@ -136,11 +130,11 @@ def time_steps(train_step: Callable, state: Any, batches: Iterable[Any]) -> tupl
 def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> dict[str, Any]:
     """Tokens/s of random weights writing num_samples × max_new_tokens tokens from one (top-k 200): median of five."""
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    model_config = make_model_config(config, GPT2_VOCAB_SIZE, mesh)
+    model = resolve(config, mesh, GPT2_VOCAB_SIZE).model
     begin = time.perf_counter()
     # as `sample` opens a model: made in the dtype it computes in
     init = jax.jit(init_params, static_argnums=(0, 2))
-    generate = Generator(model_config, init(model_config, jax.random.key(0), model_config.dtype))
+    generate = Generator(model, init(model, jax.random.key(0), model.dtype))
     ends = []
     for i in range(6):
         for _ in generate([0], max_new_tokens, key=jax.random.key(i), num_samples=num_samples):
@@ -160,7 +154,7 @@ def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> d
 def bench_data(config: ConfigDict, steps: int) -> dict[str, Any]:
     """Tokens/s that the reader alone supplies, after one pass over the same steps to fill the page cache."""
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    data = RunData(config, mesh)
+    data = RunData(take(DataConfig, config), config.block_size, mesh)
     times = []
     for step in [*range(steps), *range(steps)]:
         start = time.perf_counter()

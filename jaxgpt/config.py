@@ -1,20 +1,31 @@
-"""Every key with its default; presets, command-line overrides and one-line errors for the user's mistakes."""
+"""Every key with its default and its help; presets, command-line overrides, and one-line errors for mistakes.
+
+A model's own keys are in its file, the optimizer's in optim.py; all are flat: `--config.KEY=VALUE`.
+"""
 
 import argparse
+import dataclasses
 import difflib
+import io
+import itertools
 import json
 import logging
-import math
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError, atomic_write
+from jaxgpt.keys import check, key, keys, take
+from jaxgpt.models import ModelConfig, find_model
+from jaxgpt.ops import fp8
+from jaxgpt.optim import OptimizerConfig
+from jaxgpt.sharding import check_heads
 
 # layers, heads, width of OpenAI's four releases; each has block_size 1024, vocabulary 50257 and biases
 GPT2_SIZES = {
@@ -25,110 +36,183 @@ GPT2_SIZES = {
 }
 
 
-def default_config() -> ConfigDict:
-    """All keys with their defaults, locked: an unknown key is an error. nanoGPT's names and values if it has them."""
-    c = ConfigDict()
-    # run
-    c.out_dir = "out"
-    c.init_from = "scratch"  # scratch | resume | auto | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a folder
-    c.seed = 1337
-    c.eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
-    c.eval_iters = 200  # batches in each evaluation's estimate
-    c.eval_only = False  # evaluate once and stop
-    c.eval_tasks = ""  # also score these at each evaluation: hellaswag=FILE
-    c.always_save_checkpoint = True  # False: only when the validation loss improves
-    c.keep_checkpoints = 2  # the newest N are kept, and the best one
-    c.log_interval = 1
-    c.tensorboard_log = False  # also write TensorBoard events into out_dir
-    c.wandb_log = False
-    c.wandb_project = "jaxgpt"
-    c.wandb_run_name = "gpt2"
-    # data
-    c.dataset = "openwebtext"  # a name under data/, or a mixture: a:0.7,b:0.3
-    c.data_dir = ""  # where train.bin and val.bin are; empty: data/<dataset>
-    c.data_order = "shuffle"  # shuffle: every window once an epoch | random: with replacement, as nanoGPT
-    c.doc_mask = False  # attention does not cross the end-of-text token
-    c.batch_size = 12  # sequences per micro-step and data shard
-    c.gradient_accumulation_steps = 40  # micro-steps per optimizer step, counted over all data shards
-    c.block_size = 1024
-    # model
-    c.n_layer = 12
-    c.n_head = 12
-    c.n_embd = 768
-    c.dropout = 0.0
-    c.bias = False
-    # optimizer
-    c.learning_rate = 6e-4
-    c.max_iters = 600_000  # optimizer steps in the whole run
-    c.weight_decay = 1e-1
-    c.beta1 = 0.9
-    c.beta2 = 0.95
-    c.grad_clip = 1.0  # global norm; 0 disables
-    c.decay_lr = True  # False: a constant learning rate from the first step
-    c.lr_schedule = "cosine"  # after warm-up: cosine (to min_lr) | constant
-    c.warmup_iters = 2000
-    c.lr_decay_iters = 600_000
-    c.min_lr = 6e-5
-    # hardware
-    c.dtype = "auto"  # auto (bfloat16 where it is fast) | bfloat16 | float16 | float32
-    c.matmul_dtype = "auto"  # auto: dtype | fp8: the MLP's and the vocabulary's products while training
-    c.attention = "auto"  # auto | cudnn | xla
-    c.kernels = "auto"  # the GPU kernels in jaxgpt/ops: auto | on | off
-    c.accumulation = "auto"  # auto | multisteps (optax.MultiSteps) | sum
-    c.remat = "none"  # none | block: recompute each block in the backward pass to save memory
-    c.mesh_data = -1  # devices over which the batch is split; -1: what is left
-    c.mesh_fsdp = 1  # devices over which parameters and optimizer state are split too
-    c.mesh_tensor = 1  # devices over which each layer is split
-    c.steps_per_call = 0  # optimizer steps in one call of the compiled function; 0: chosen by the model's size
-    # reliability
-    c.max_bad_steps = 10  # stop after this many non-finite steps in a row
-    c.spike_threshold = 0.0  # drop a step whose loss or gradient norm is this many standard deviations up; 0: none
-    c.stall_timeout = 1800.0  # seconds without a finished step before the run ends itself; 0 disables
-    return c.lock()
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Data: which tokens a step gets."""
+
+    dataset: str = key("openwebtext", "a corpus under data/, or a mixture: a:0.7,b:0.3")
+    data_dir: str = key("", "folder of train.bin and val.bin; empty: data/DATASET")
+    data_order: str = key(
+        "shuffle",
+        "shuffle: every window once an epoch; random: with replacement, as nanoGPT",
+        choices=("shuffle", "random"),
+    )
+    doc_mask: bool = key(False, "attention does not cross the end-of-text token")
+    batch_size: int = key(12, "sequences per micro-step and data shard", least=1)
+    gradient_accumulation_steps: int = key(40, "micro-steps per optimizer step, over all data shards", least=1)
+    eval_iters: int = key(200, "batches in each evaluation's estimate; 0: the whole validation split")
+    seed: int = key(1337, "of the initial weights, the data's order, dropout", below=2**32)
 
 
-CHOICES = {
-    "data_order": ("shuffle", "random"),
-    "lr_schedule": ("cosine", "constant"),
-    "dtype": ("auto", "bfloat16", "float16", "float32"),
-    "matmul_dtype": ("auto", "fp8"),
-    "attention": ("auto", "cudnn", "xla"),
-    "kernels": ("auto", "on", "off"),
-    "accumulation": ("auto", "multisteps", "sum"),
-    "remat": ("none", "block"),
-}
-# numbers that are at least 1; the others are at least 0
-POSITIVE = (
-    "batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "eval_iters", "log_interval",
-    "keep_checkpoints", "max_iters", "max_bad_steps",
-)  # fmt: skip
-BELOW = {"dropout": 1, "beta1": 1, "beta2": 1, "seed": 2**32}
+@dataclasses.dataclass(frozen=True)
+class DeviceConfig:
+    """Devices: precision, fast paths, the mesh."""
+
+    dtype: str = key(
+        "auto",
+        "of the computation; auto: bfloat16 where it is fast",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    matmul_dtype: str = key(
+        "auto", "fp8: the products of the MLP and the vocabulary in training", choices=("auto", "fp8")
+    )
+    attention: str = key("auto", "implementation of attention", choices=("auto", "cudnn", "xla"))
+    kernels: str = key("auto", "fast paths of jaxgpt/ops where they apply", choices=("auto", "on", "off"))
+    remat: str = key(
+        "none", "block: recompute each block in the backward pass, to save memory", choices=("none", "block")
+    )
+    mesh_data: int = key(-1, "devices over which the batch is split; -1: what is left", least=-1)
+    mesh_fsdp: int = key(1, "devices over which parameters and optimizer state are split too", least=-1)
+    mesh_tensor: int = key(1, "devices over which each layer is split", least=-1)
+    steps_per_call: int = key(0, "optimizer steps in one call of the compiled function; 0: chosen by the model's size")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Run: its folder, evaluations, checkpoints, logs, and what keeps it safe."""
+
+    out_dir: str = key("out", "the run's folder")
+    init_from: str = key(
+        "scratch",
+        "scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
+        "folder: a run or a Hugging Face model",
+    )
+    model: str = key("gpt2", "gpt2, or the path of a model file: see jaxgpt/models/__init__.py")
+    model_changed: bool = key(False, "accept a model file that differs from the one the run was started with")
+    eval_interval: int = key(2000, "steps between evaluations, each followed by a checkpoint", least=1)
+    eval_only: bool = key(False, "evaluate once and stop")
+    sample_interval: int = key(0, "steps between samples of text; 0: never")
+    sample_prompt: str = key("\n", "what they begin with")
+    eval_tasks: str = key("", "also score these at each evaluation: hellaswag=FILE")
+    always_save_checkpoint: bool = key(True, "False: only when the validation loss improves")
+    keep_checkpoints: int = key(2, "the newest so many are kept, and the best one", least=1)
+    log_interval: int = key(1, "steps between log lines", least=1)
+    tensorboard_log: bool = key(False, "also write TensorBoard events into out_dir")
+    wandb_log: bool = key(False, "also log to Weights & Biases")
+    wandb_project: str = key("jaxgpt", "its project")
+    wandb_run_name: str = key("gpt2", "the run's name there")
+    max_bad_steps: int = key(10, "stop after so many non-finite steps in a row", least=1)
+    stall_timeout: float = key(1800.0, "seconds without a finished step before the run ends itself; 0 disables")
+
+
+class Parts(NamedTuple):
+    """A run's config, resolved once: rooms take the part they need."""
+
+    model: ModelConfig  # resolved for the devices and the corpus's vocabulary
+    optimizer: OptimizerConfig
+    data: DataConfig
+    devices: DeviceConfig
+    run: RunConfig
+
+
+PARTS = (RunConfig, DataConfig, OptimizerConfig, DeviceConfig)
+SAME_ON_RESUME = ("seed", "data_order")  # and all keys of the model: with other values it would be another run
+
+
+def all_keys(model: str = "gpt2") -> dict[str, dict[str, dataclasses.Field]]:
+    """{title: {name: key}} of every part, the model's among them. Raises UserError where its own keys clash."""
+    parts = {(part.__doc__ or "").partition(":")[0].lower(): keys(part) for part in PARTS}
+    own = keys(find_model(model).config)
+    for title, others in parts.items():
+        if clash := own.keys() & others.keys():
+            raise UserError(
+                f"model={model}: its key {min(clash)} is a key of the {title} already; give it another name"
+            )
+    return {"model": own} | parts
+
+
+def _flat(model: str) -> dict[str, dataclasses.Field]:
+    return {name: field for part in all_keys(model).values() for name, field in part.items()}
+
+
+def default_config(model: str = "gpt2") -> ConfigDict:
+    """Every key of every part and of `model`, with its default; locked, so that an unknown key is an error."""
+    config = ConfigDict({name: field.default for name, field in _flat(model).items()})
+    config.model = model
+    return config.lock()
+
+
+def with_model(config: ConfigDict, model: str) -> ConfigDict:
+    """The config for another model: its keys' defaults, and the values of all keys that both have."""
+    other = default_config(model)
+    other.update({name: value for name, value in config.items() if name in other and name != "model"})
+    return other
 
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError, naming the key, on a value that no run could use."""
-    for key, default in default_config().items():
-        value = config[key]
-        if type(value) is not type(default):
-            raise UserError(f"{key}={value!r} is not of type {type(default).__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}={value} is not a finite number")
-        if key in CHOICES and value not in CHOICES[key]:
-            raise UserError(f"{key}={value!r} is not one of {', '.join(CHOICES[key])}")
-        if key in BELOW and value >= BELOW[key]:
-            raise UserError(f"{key}={value} must be below {BELOW[key]}")
-        if key.startswith("mesh_"):
-            if value < 1 and value != -1:
-                raise UserError(f"{key}={value} must be a number of devices, or -1 for what is left")
-        elif isinstance(value, int | float) and value < (key in POSITIVE):
-            raise UserError(f"{key}={value} must be at least {int(key in POSITIVE)}")
-    for key in ("n_layer", "n_head", "n_embd"):
-        if config[key] < (config.init_from in ("scratch", "resume", "auto")):
-            raise UserError(f"{key}={config[key]} must be at least 1, or 0 for that of the weights init_from names")
-    if config.min_lr > config.learning_rate and config.decay_lr and config.lr_schedule == "cosine":
-        raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower min_lr")
+    for name, field in _flat(config.model).items():
+        check(field, config[name])
+        if name.startswith("mesh_") and config[name] == 0:
+            raise UserError(f"{name}=0 must be a number of devices, or -1 for what is left")
+    for name in ("n_layer", "n_head", "n_embd"):
+        if config[name] < (config.init_from == "scratch"):
+            raise UserError(f"{name}={config[name]} must be at least 1, or 0 for that of the weights init_from names")
+    take(OptimizerConfig, config)  # checks what holds between its keys
     if not config.out_dir:
         raise UserError("out_dir is empty; name the run's folder")
+
+
+def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = None) -> Parts:
+    """The parts of a config, its "auto" keys decided for the devices of the mesh.
+
+    vocab_size, eot: the corpus's number of tokens, and the one that ends a document. Raises UserError where the devices
+    or the corpus do not have what a key asks for.
+    """
+    wanted, device = take(DeviceConfig, config), mesh.devices.flat[0]
+    nvidia = device.platform == "gpu" and hasattr(device, "compute_capability")
+    ampere = nvidia and float(device.compute_capability) >= 8
+    dtype = wanted.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if ampere or device.platform == "tpu" else "float16" if nvidia else "float32"
+    if config.doc_mask and eot is None:
+        raise UserError("doc_mask needs an end-of-text token and this corpus has none; set --config.doc_mask=false")
+    check_heads(config.n_head, mesh)
+    model = take(
+        find_model(config.model).config,
+        config,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        kernels=ampere and mesh.shape["tensor"] == 1 if wanted.kernels == "auto" else wanted.kernels == "on",
+        remat=wanted.remat,
+        doc_mask=eot if config.doc_mask else -1,
+    )
+    cudnn = ampere and dtype != "float32" and model.head_size <= 128
+    if wanted.attention == "cudnn" and not cudnn:
+        raise UserError(
+            "attention=cudnn needs an NVIDIA GPU of the Ampere generation or newer, bfloat16 or float16, and heads "
+            "no larger than 128; leave it at auto"
+        )
+    if wanted.matmul_dtype == "fp8":
+        check_fp8(config, dtype, nvidia and float(device.compute_capability) >= 8.9, mesh)
+    fastest = "cudnn" if cudnn and not config.doc_mask else "xla"
+    model = dataclasses.replace(model, attention=fastest if wanted.attention == "auto" else wanted.attention)
+    return Parts(model, take(OptimizerConfig, config), take(DataConfig, config), wanted, take(RunConfig, config))
+
+
+def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> None:
+    """Raises UserError where FP8 products cannot run, or not by the kernels."""
+    rows = config.batch_size * config.block_size
+    if not hardware or dtype != "bfloat16" or mesh.shape["tensor"] > 1:
+        raise UserError(
+            "matmul_dtype=fp8 needs NVIDIA GPUs of compute capability 8.9 or more (Ada, Hopper, newer), bfloat16 and "
+            "mesh_tensor=1; leave it at auto"
+        )
+    if config.n_embd % fp8.MULTIPLE or rows % fp8.MULTIPLE:
+        raise UserError(
+            f"matmul_dtype=fp8 needs n_embd={config.n_embd} and batch_size × block_size={rows} to be multiples of "
+            f"{fp8.MULTIPLE}; choose such sizes, or leave it at auto"
+        )
 
 
 # what a slip in the user's own code raises
@@ -150,23 +234,41 @@ def load_preset(spec: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     except PRESET_ERRORS as error:
         text = " ".join(str(error).split())
-        key = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
-        if key and key[1] not in default_config():
-            text = unknown_key(key[1])
+        unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
+        if unknown and unknown[1] not in default_config():
+            text = unknown_key(unknown[1])
         raise UserError(f"{path}: {text}") from None
-    if not isinstance(config, ConfigDict) or set(config) != set(default_config()):
+    if not isinstance(config, ConfigDict) or "model" not in config or set(config) != set(_flat(config.model)):
         raise UserError(f"{path}: get_config() returned no config; make it with default_config(), change it, return it")
     return config
 
 
-def unknown_key(name: str) -> str:
+# What other trainers call keys that have another name here, and what to use for those that have none
+ELSEWHERE = {
+    "device": "JAX takes the fastest devices it finds; JAX_PLATFORMS=cpu in the environment chooses",
+    "compile": "every step is compiled",
+    "backend": "processes find each other: docs/multihost.md",
+    "lr": "use learning_rate",
+    "steps": "use max_iters",
+    "max_steps": "use max_iters",
+    "grad_accum": "use gradient_accumulation_steps",
+    "warmup_steps": "use warmup_iters",
+    "seq_len": "use block_size",
+    "precision": "use dtype",
+    "fp8": "use matmul_dtype=fp8",
+    "resume": "use init_from=resume, or auto",
+}
+
+
+def unknown_key(name: str, known: Iterable[str] | None = None) -> str:
     """The message for a key that does not exist."""
-    return f"there is no key {name}{nearest(name, default_config()) or '; jaxgpt/config.py lists the keys'}"
+    hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else nearest(name, known or _flat("gpt2"))
+    return f"there is no key {name}{hint or '; python -m jaxgpt.train --help lists the keys'}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """What to say of the one of `words` that was probably meant."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -184,11 +286,21 @@ def integer(text: str) -> int:
     return int(value)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind each help text, but for those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False) or not action.option_strings:
+            return action.help
+        shown = str(action.default).replace("%", "%%")
+        return f"{action.help} (default: {shown if shown.isprintable() else repr(shown)})"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, its errors raised as UserError."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists the arguments")
@@ -199,53 +311,153 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             if name.startswith("--config."):
-                raise UserError(unknown_key(name.removeprefix("--config.")))
+                known = [x.removeprefix("--config.") for x in self._option_string_actions if x.startswith("--config.")]
+                raise UserError(unknown_key(name.removeprefix("--config."), known))
+            if f"--config.{name.lstrip('-')}" in self._option_string_actions:
+                raise UserError(f"unknown argument {name}; keys of the config are written --config.{name.lstrip('-')}")
             raise UserError(f"unknown argument {name}{nearest(name, self._option_string_actions)}")
         return args
 
 
-def parse_config(argv: Sequence[str], parser: Parser) -> tuple[ConfigDict, argparse.Namespace]:
-    """The config from `--config FILE[:ARGUMENT]` and `--config.KEY=VALUE`, validated, and the parser's arguments."""
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARGUMENT]", help="preset, such as configs/gpt2.py:gpt2-xl"
-    )
-    first, _ = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
-    config = load_preset(first.config)
-    keys = parser.add_argument_group("keys of the preset and their values")
-    for key, value in config.items():
-        how = {"type": {bool: boolean, int: integer}.get(type(value), type(value)), "metavar": type(value).__name__}
-        if isinstance(value, bool):  # a flag alone, `--config.bias`, means true
-            how |= {"nargs": "?", "const": True}
-        keys.add_argument(f"--config.{key}", dest=f"config.{key}", default=value, **how)
+class Parsed(NamedTuple):
+    """A command line."""
+
+    config: ConfigDict  # the preset's values, and those given on the command line
+    given: dict[str, Any]  # the latter alone
+    args: argparse.Namespace  # all else
+
+
+def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
+    """The config from `--config FILE[:ARGUMENT]` (or FILE alone) and `--config.KEY=VALUE`, validated.
+
+    A model named by the preset or the command line brings its own keys.
+    """
+    about = "a preset, such as configs/gpt2.py:gpt2-xl; --config may be left out"
+    parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help=about)
+    parser.add_argument("preset", nargs="?", help=argparse.SUPPRESS)
+    helping = any(word in ("-h", "--help") for word in argv)
+    finder = Parser(add_help=False)
+    finder.add_argument("--config", dest="preset")
+    finder.add_argument("--config.model", dest="model")
+    first, rest = finder.parse_known_args(argv)
+    named = first.preset or next((word for word in rest if not word.startswith("-")), None)
+    if named is None and not helping:
+        raise UserError(f"name a preset: {parser.prog} --config configs/gpt2.py; {parser.prog} --help lists all keys")
+    config = load_preset(named) if named else default_config()
+    if first.model:
+        config = with_model(config, first.model)
+    for title, part in all_keys(config.model).items():
+        group = parser.add_argument_group(title)
+        for name, field in part.items():
+            choices = f" [{' | '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
+            how: dict[str, Any] = {"type": {bool: boolean, int: integer}.get(type(field.default), type(field.default))}
+            how |= {
+                "metavar": type(field.default).__name__.upper(),
+                "help": field.metadata["help"].replace("%", "%%") + choices,
+            }
+            if isinstance(field.default, bool):  # a flag alone, `--config.bias`, means true
+                how |= {"nargs": "?", "const": True}
+            group.add_argument(f"--config.{name}", default=config[name], **how)
     args = parser.parse(argv)
-    config.update({key: getattr(args, f"config.{key}") for key in config})
+    words = {word.partition("=")[0] for word in argv}
+    given = {name: getattr(args, f"config.{name}") for name in config if f"--config.{name}" in words}
+    config.update(given)
     validate(config)
-    return config, args
+    return Parsed(config, given, args)
 
 
-def save_config(config: ConfigDict, folder: Path) -> None:
-    """Writes config.json, whole or not at all. Raises UserError if it cannot."""
+def save_config(config: ConfigDict, folder: Path, **about: Any) -> None:
+    """Writes config.json: the keys, and beside them what else is known of the run. Raises UserError if it cannot."""
     with atomic_write(folder / "config.json") as f:
-        f.write(json.dumps(config.to_dict(), indent=1).encode() + b"\n")
+        f.write(json.dumps({**config.to_dict(), **about}, indent=1).encode() + b"\n")
 
 
-def read_config(folder: Path) -> ConfigDict:
-    """The config of a run's folder; keys added since it was written take their defaults. Raises UserError."""
+def read_saved(folder: Path) -> dict[str, Any]:
+    """What config.json in a run's folder holds. Raises UserError."""
     path = folder / "config.json"
-    config = default_config()
     try:
-        values = json.loads(path.read_text())
-        config.update({k: v for k, v in values.items() if k in config})
-    except FileNotFoundError:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise TypeError("no JSON object")
+        return saved
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no run: it has no config.json; check out_dir") from None
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); restore it or start another run") from None
+
+
+def read_config(folder: Path, *, model: str = "", model_changed: bool = False) -> ConfigDict:
+    """The config of a run's folder; keys added since it was written take their defaults. Raises UserError.
+
+    model: the model that the user names, by default the run's. A run of a user's file needs it, as code stored in a run
+    is never executed; where the file's text is not what the run recorded, model_changed accepts it.
+    """
+    saved = read_saved(folder)
+    name, source = saved.get("model", "gpt2"), saved.get("model_source", "")
+    if not isinstance(name, str) or not isinstance(source, str):
+        raise UserError(f"{folder / 'config.json'} is damaged (model is {name!r}); restore it or start another run")
+    if not model and source:
+        raise UserError(f"the run in {folder} is of the model file {name}, whose code is not run by itself; name it")
+    file = find_model(model or name)
+    if bool(file.source) != bool(source) or not source and file.name != name:
+        raise UserError(f"the run in {folder} has model={name}, not {file.name}; name the same model")
+    if file.source != source and not model_changed:
+        raise UserError(
+            f"{file.name} is not what the run in {folder} was started with: {_first_difference(source, file.source)}"
+        )
+    config = default_config(file.name)
+    try:
+        config.update({k: v for k, v in saved.items() if k in config and k not in ("model", "model_changed")})
+    except (ValueError, TypeError, AttributeError) as e:
+        path, why = folder / "config.json", " ".join(str(e).split())
+        raise UserError(f"{path} is damaged ({why}); restore it or start another run") from None
     validate(config)
     return config
 
 
+def _first_difference(recorded: str, found: str) -> str:
+    pairs = itertools.zip_longest(recorded.splitlines(True), found.splitlines(True), fillvalue="(end of the file)")
+    number, (old, new) = next((i, pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+    return f"line {number} was {old!r} and is {new!r}; put it back, or set model_changed=true to accept the new file"
+
+
+def resumed_config(
+    config: ConfigDict, given: Mapping[str, Any] | None, saved: ConfigDict
+) -> tuple[ConfigDict, list[str]]:
+    """The config of a run that goes on, and a line for each key whose value is not the run's or not the preset's.
+
+    saved: the run's own, which counts but for what was `given` on the command line; None: all of `config` was given.
+    Raises UserError where a key differs that makes it another run.
+    """
+    here = ("out_dir", "init_from", "eval_only", "model", "model_changed")  # of this start, not of the run
+    given = dict(config.items()) if given is None else dict(given)
+    fixed = (*SAME_ON_RESUME, *keys(find_model(saved.model).config))
+    result, lines = saved.copy_and_resolve_references(), []
+    for name in saved:
+        value = given.get(name, saved[name])
+        if name in here:
+            result[name] = config[name]
+        elif name in given and value != saved[name]:
+            if name in fixed and value == 0 and name.startswith("n_"):
+                continue  # 0: that of the run
+            if name in fixed:
+                raise UserError(
+                    f"{name}={value}, but the run in {config.out_dir} has {name}={saved[name]}; resume with the same, "
+                    "or choose another out_dir"
+                )
+            result[name] = value
+            lines.append(f"{name} {saved[name]} → {value}")
+        elif config[name] != saved[name] and not (name.startswith("n_") and config[name] == 0):
+            lines.append(f"{name} stays {saved[name]}, as in the run; the preset has {config[name]}")
+    validate(result)
+    return result, lines
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs an entry point, which gives the exit status: a UserError becomes one line, `error: …`, and its status."""
+    for stream in (sys.stdout, sys.stderr):  # under LANG=C or cp1252, what cannot be shown becomes \\u2014
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     try:
         status = main(sys.argv[1:])

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import math
 import mmap
-import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +25,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Integer, UInt64
-from ml_collections import ConfigDict
 
 from jaxgpt import UserError
+from jaxgpt.config import DataConfig
 from jaxgpt.sharding import BATCH_AXES, data_shards
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, copy_tokenizer, corpus_meta, load_tokenizer
 
@@ -208,13 +207,23 @@ class Batches:
         shares = [Fraction(weight) for weight in weights]
         self._period = math.lcm(*(share.denominator for share in shares))
         self._bounds = np.cumsum([0] + [int(share * self._period) for share in shares]).astype(U64)
+        self._origin = 0, 0
         self._seed = _mix(np.array([seed % (1 << 64)], U64))
         self.dtype = np.result_type(*(corpus.dtype for corpus in self.corpora))
+
+    def begin(self, step: int, sample: int) -> None:
+        """Has step `step` begin with sample number `sample`, as where a run goes on with another number of rows."""
+        self._origin = step, sample
+
+    def samples(self, step: int) -> int:
+        """How many samples come before this step's."""
+        return self._origin[1] + (step - self._origin[0]) * self.rows
 
     def rows_at(self, step: int, lo: int = 0, hi: int | None = None) -> Integer[np.ndarray, "rows width"]:
         """Rows lo … hi-1 of step's `rows`, each of block_size + 1 tokens, in the files' dtype."""
         hi = self.rows if hi is None else hi
-        samples = np.arange(step * self.rows + lo, step * self.rows + hi, dtype=U64)
+        first = self.samples(step)
+        samples = np.arange(first + lo, first + hi, dtype=U64)
         if len(self.corpora) == 1:
             return self._read(0, samples)
         cycles, places = np.divmod(samples, U64(self._period))
@@ -285,7 +294,7 @@ def place(
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def corpus_folders(config: ConfigDict) -> list[Path]:
+def corpus_folders(config: DataConfig) -> list[Path]:
     """Where the corpora of `dataset` are, in its order. Raises UserError where data_dir is to be several."""
     names = [name for name, _ in parse_mixture(config.dataset)]
     if config.data_dir and len(names) > 1:
@@ -296,7 +305,7 @@ def corpus_folders(config: ConfigDict) -> list[Path]:
 class RunData:
     """The corpora of a config as batches on a mesh. Raises UserError on files or sizes that do not fit."""
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, vocab_size: int | None = None):
+    def __init__(self, config: DataConfig, block_size: int, mesh: Mesh, vocab_size: int | None = None):
         shards = data_shards(mesh)
         self.micro_steps, rest = divmod(config.gradient_accumulation_steps, shards)
         if rest:
@@ -306,12 +315,10 @@ class RunData:
             )
         names, weights = zip(*parse_mixture(config.dataset), strict=True)
         folders = corpus_folders(config)
-        if os.path.realpath(config.out_dir) in map(os.path.realpath, folders):
-            raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
         metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]
         self._names, self._folder = names, folders[0]
         self.meta, self.vocab_size = metas[0], vocab_size or max(meta.vocab_size for meta in metas)
-        size, rows = config.block_size, config.batch_size * config.gradient_accumulation_steps
+        size, rows = block_size, config.batch_size * config.gradient_accumulation_steps
         opened = {"block_size": size, "vocab_size": self.vocab_size}
         train, val = (
             [Corpus.open(folder, split, meta=meta, **opened) for folder, meta in zip(folders, metas, strict=True)]
@@ -333,6 +340,14 @@ class RunData:
     def batch(self, step: int, steps: int = 1) -> Integer[jax.Array, "K A B T1"]:
         """The training batches of K=steps optimizer steps from `step` on."""
         return place(self.train, step, steps=steps, micro_steps=self.micro_steps, sharding=self._sharding)
+
+    def begin(self, step: int, sample: int) -> None:
+        """Has the training batch of `step` begin with sample number `sample`: the next one that a run has not read."""
+        self.train.begin(step, sample)
+
+    def samples(self, step: int) -> int:
+        """How many training samples a run has read before this step: the data's position."""
+        return self.train.samples(step)
 
     def abstract_batch(self, steps: int = 1) -> jax.ShapeDtypeStruct:
         """The shape, dtype and sharding of `batch`."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from jaxgpt import UserError
-from jaxgpt.models.gpt2 import GPTConfig, KVCache, Params, bind
+from jaxgpt.models import KVCache, ModelConfig, Params, abstract_params, bind, cast_params, roles
 from jaxgpt.ops.choose import Rule, choose
 from jaxgpt.ops.decode import attend, linear
 
@@ -44,7 +44,7 @@ class Generator:
     of ops/decode.py, which need all parameters on one device.
     """
 
-    def __init__(self, config: GPTConfig, params: Params, *, vocab_size: int | None = None):
+    def __init__(self, config: ModelConfig, params: Params, *, vocab_size: int | None = None):
         self.config = dataclasses.replace(config, dropout=0.0, remat="none")
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.weights = _prepare(self.config, params)
@@ -64,7 +64,7 @@ class Generator:
         The randomness of a token is a function of (key, sample, position) alone: neither chunk, the number of tokens
         made in one call, nor the other samples change it.
         """
-        block_size, devices = self.config.block_size, self.weights["wte"]["embedding"].devices()
+        block_size, devices = self.config.block_size, jax.tree.leaves(self.weights)[0].devices()
         # on a CPU a call costs little beside a token, and the text should not come in bursts
         chunk = chunk or (8 if next(iter(devices)).platform == "cpu" else 32)
         prompt = prompt[-block_size:]
@@ -101,34 +101,29 @@ class Generator:
         yield np.asarray(tokens)[:, :count]
 
 
-def _prepare(config: GPTConfig, params: Params) -> Params:
+def _prepare(config: ModelConfig, params: Params) -> Params:
     """The weights in the compute dtype, as the forward pass would cast them; for the kernels also transposed."""
 
-    def prepare(path, x):
-        name = jax.tree_util.keystr(path)
-        x = jnp.asarray(x, x.dtype if "ln_" in name else config.dtype)
-        return x.reshape(x.shape[0], -1).T if config.kernels and "kernel" in name else x
+    def prepare(role, x):
+        return x.reshape(x.shape[0], -1).T if config.kernels and role.group == "matrix" else x
 
-    return jax.tree_util.tree_map_with_path(prepare, params)
+    return jax.tree.map(prepare, roles(config, params), cast_params(config, params, config.dtype))
 
 
-def _model(config: GPTConfig, weights: Params):
+def _model(config: ModelConfig, weights: Params):
     """The module over prepared weights."""
 
-    def restore(path, x):
-        name = jax.tree_util.keystr(path)
-        if not (config.kernels and "kernel" in name):
-            return x
-        return x.T.reshape(x.shape[1], 3, -1) if "c_attn" in name else x.T
+    def restore(like, x):
+        return x if x.shape == like.shape else x.T.reshape(like.shape)
 
-    return bind(config, jax.tree_util.tree_map_with_path(restore, weights))
+    return bind(config, jax.tree.map(restore, abstract_params(config), weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(config, rule, weights, prompt: Int[Array, "1 T"], length, seeds: UInt[Array, " B"], knobs):
     """The first new token of each row, (B, 1), and the cache of B rows; the prompt is the first `length` tokens."""
     model, batch = _model(config, weights), seeds.shape[0]
-    x, cache = model.hidden(prompt, cache=KVCache.empty(config, 1, config.block_size))
+    x, cache = model.hidden(prompt, cache=config.empty_cache(1, config.block_size))
     assert cache is not None
     logits = jnp.repeat(model.logits(jax.lax.dynamic_slice_in_dim(x, length - 1, 1)), batch, axis=0)
     cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0) if x.ndim else x, cache)._replace(length=length)
@@ -144,7 +139,9 @@ def _decode(config, rule, steps: int, weights, cache: KVCache, last: Int[Array, 
     def step(i, carry):
         out, cache = carry
         position = cache.length + 1
-        if config.kernels and config.doc_mask < 0 and len(last) <= 64:  # more rows fill the GPU without them
+        if (
+            config.kernels and config.doc_mask < 0 and len(last) <= 64 and config.file.name == "gpt2"
+        ):  # more rows fill the GPU without them
             logits, cache = _fused(config, weights, out[:, i], cache)
         else:
             logits, cache = _model(config, weights)(out[:, i, None], cache=cache)
@@ -156,7 +153,7 @@ def _decode(config, rule, steps: int, weights, cache: KVCache, last: Int[Array, 
     return out[:, 1:], cache
 
 
-def _fused(config: GPTConfig, weights: Params, tokens: Int[Array, " B"], cache: KVCache):
+def _fused(config: ModelConfig, weights: Params, tokens: Int[Array, " B"], cache: KVCache):
     """What the model does for one token a row, by the kernels of ops/decode.py: logits (B, V) and the cache."""
 
     def norm(ln):

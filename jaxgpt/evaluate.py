@@ -12,7 +12,7 @@ from jaxgpt.run.processes import Processes
 from jaxgpt.scoring.scorer import Scorer
 from jaxgpt.scoring.tasks import METRICS, load_task, open_validation, parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.weights.opening import add_model_arguments, open_model
+from jaxgpt.weights.opening import add_model_arguments, model_arguments, open_model
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,10 +28,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--tasks names one task at least, and no file for val: that is in --data_dir")
     configure_jax()
     with Processes():  # of which the first alone prints
-        mesh, which = make_mesh(), args.checkpoint
-        model = open_model(
-            args.out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=which, block_size=args.block_size
-        )
+        mesh = make_mesh()
+        model = open_model(args.out_dir, mesh=mesh, block_size=args.block_size, **model_arguments(args))
         tasks = [  # all read and tokenized before the parameters
             open_validation(model, args.data_dir) if name == "val" else load_task(name, file, model.tokenizer)
             for name, file in files.items()

@@ -3,9 +3,16 @@
 import contextlib
 import json
 import math
+import platform
+import shlex
+import socket
+import subprocess
 import sys
 import time
 import warnings
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxgpt import UserError, optional
+from jaxgpt import UserError, __version__, optional
 
 # Dense bf16 FLOP/s of one device by `device_kind`; the makers' data sheets
 PEAK_FLOPS = {
@@ -48,11 +55,6 @@ PEAK_BYTES = {  # bytes/s of device memory, likewise
 }
 
 
-def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> float:
-    """FLOPs of forward and backward for one token: 6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's)."""
-    return 6.0 * n_params + 12 * n_layer * n_embd * block_size
-
-
 def perplexity(loss: float) -> float:
     """exp(loss), held finite: JSON has no infinity."""
     return math.exp(min(loss, 700.0))
@@ -77,6 +79,23 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB in use on the first device, 0 where the device does not tell."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", 0) / 2**30
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this process runs: versions, command, host, devices, git revision of the working folder."""
+    found: dict[str, Any] = {"jaxgpt": __version__, "python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        found[package] = version(package)
+    found["command"] = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+    found |= {"host": socket.gethostname(), "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}"}
+    found["processes"] = jax.process_count()
+    checkout = Path(__file__).parents[1]
+    if (checkout / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = partial(subprocess.check_output, cwd=checkout, text=True, stderr=subprocess.DEVNULL, timeout=10)
+            changed = " (changed)" if git(["git", "status", "--porcelain", "--untracked-files=no"]).strip() else ""
+            found["git"] = git(["git", "rev-parse", "HEAD"]).strip() + changed
+    return found | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 class Stopwatch:

@@ -14,9 +14,9 @@ from jaxgpt.config import Parser, integer, run_main
 from jaxgpt.decoding import Generator, Sampling
 from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.step import purpose_seed
+from jaxgpt.step import random_key
 from jaxgpt.tokenizer import Stream, Tokenizer
-from jaxgpt.weights.opening import add_model_arguments, open_model
+from jaxgpt.weights.opening import add_model_arguments, model_arguments, open_model
 
 SEPARATOR = "---------------"  # nanoGPT's, after each sample
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     with Processes():
         mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         out_dir = args.out_dir or (None if args.init_from else "out")
-        model = open_model(out_dir, args.init_from, mesh=mesh, dtype=args.dtype, which=args.checkpoint)
+        model = open_model(out_dir, mesh=mesh, **model_arguments(args))
         tokenizer = model.tokenizer
         prompt = tokenizer.encode(start, special=True)
         if not prompt or max(prompt) >= model.config.vocab_size:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
                 f"start={start!r} has no tokens of the model's {model.config.vocab_size}; give another prompt"
             )
         generator = Generator(model.config, model.params, vocab_size=tokenizer.vocab_size)
-        key = purpose_seed(args.seed, "sample")
+        key = random_key(args.seed, "sample")
         chunks = generator(prompt, args.max_new_tokens, key=key, num_samples=args.num_samples, sampling=sampling)
         write_samples(chunks, tokenizer, tokenizer.decode(prompt), args.num_samples, args.stop)
 

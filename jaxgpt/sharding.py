@@ -9,7 +9,6 @@ layer, following how its parameters lie.
 import ctypes
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -25,12 +24,6 @@ from jaxgpt import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # rows of a batch are split over both
-
-# End of a parameter's path -> the dimension that `tensor` splits: the vocabulary, heads, MLP hidden units (Megatron-LM,
-# arXiv 1909.08053). `fsdp` splits another dimension of every matrix. Optimizer moments end in the same paths and so lie
-# with their parameters; all else is replicated.
-TENSOR_RULES = ((r"wte/embedding$", 0), (r"c_(attn|fc)/(kernel|bias)$", -1), (r"c_proj/kernel$", 0))
-MATRICES = r"(kernel|embedding)$"
 
 # Compiler flags for NVIDIA GPUs; docs/performance.md has what each gained
 XLA_GPU_FLAGS = (
@@ -128,38 +121,48 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """How the array with this path is split. fsdp takes the first dimension that is free and divides evenly."""
+def partition_spec(name: str, shape: tuple[int, ...], role: Any, mesh: Mesh | AbstractMesh) -> P:
+    """How the parameter with this role (models.Role) is split: `tensor` where the role says, `fsdp`, for all but
+    vectors, the first dimension that is free and divides evenly. Raises UserError where a dimension does not divide."""
     entries: list[str | None] = [None] * len(shape)
-    by_tensor = next((dim for pattern, dim in TENSOR_RULES if re.search(pattern, path)), None)
-    if by_tensor is not None and mesh.shape["tensor"] > 1:
-        entries[by_tensor] = "tensor"
-    if mesh.shape["fsdp"] > 1 and re.search(MATRICES, path):
+    if role.tensor is not None and mesh.shape["tensor"] > 1:
+        entries[role.tensor] = "tensor"
+    if role.group != "vector" and mesh.shape["fsdp"] > 1:
         free = [i for i, entry in enumerate(entries) if entry is None]
         entries[next((i for i in free if shape[i] % mesh.shape["fsdp"] == 0), free[0])] = "fsdp"
+    for size, axis in zip(shape, entries, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(
+                f"{name} of shape {shape} cannot be split: {size} / mesh_{axis}={mesh.shape[axis]} leaves "
+                f"{size % mesh.shape[axis]} over; choose a mesh_{axis} that divides {size}"
+            )
     return P(*entries)
 
 
-def tree_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The PartitionSpec of every leaf. Raises UserError where a dimension cannot be split evenly."""
-
-    def checked(path, leaf) -> P:
-        name = path_name(path)
-        spec = partition_spec(name, leaf.shape, mesh)
-        for size, axis in zip(leaf.shape, spec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                raise UserError(
-                    f"{name} of shape {leaf.shape} cannot be split: {size} / mesh_{axis}={mesh.shape[axis]} leaves "
-                    f"{size % mesh.shape[axis]} over; choose a mesh_{axis} that divides {size}"
-                )
-        return spec
-
-    return jax.tree_util.tree_map_with_path(checked, tree)
+def param_specs(params: Any, roles: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The PartitionSpec of every parameter; `roles` has their structure. Raises UserError, see partition_spec."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x, role: partition_spec(path_name(path), x.shape, role, mesh), params, roles
+    )
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf. Raises UserError where a dimension cannot be split evenly."""
-    return jax.tree.map(partial(NamedSharding, mesh), tree_specs(tree, mesh))
+def state_specs(state: Any, params: Any, roles: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The PartitionSpec of every array of a state that holds `params` and whatever the optimizer keeps.
+
+    An array lies as the parameter does whose path its own ends in, if it has that shape, as an optimizer's moments do;
+    all others are replicated.
+    """
+    specs = {}
+    for path, spec in jax.tree_util.tree_leaves_with_path(param_specs(params, roles, mesh)):
+        specs[path_name(path)] = spec
+    shapes = {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    def spec_of(path, x) -> P:
+        names = path_name(path).split("/")
+        endings = ("/".join(names[i:]) for i in range(len(names)))
+        return next((specs[name] for name in endings if shapes.get(name) == x.shape), P())
+
+    return jax.tree_util.tree_map_with_path(spec_of, state)
 
 
 # --- what devices send each other ---
@@ -172,32 +175,35 @@ def device_map(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
 
 
-def with_whole_params(f: Callable, mesh: Mesh, dtype: str, in_spec: P, out_spec: P) -> Callable:
+def with_whole_params(f: Callable, roles: Any, mesh: Mesh, dtype: str, in_spec: P, out_spec: P) -> Callable:
     """`f(params, rows)` run by every device on its own rows, with all parameters (over tensor: its part of them)."""
 
     def run(params, rows):
-        specs = tree_specs(params, mesh)
+        specs = param_specs(params, roles, mesh)
 
         def local(params, rows):
-            return f(gather_params(params, specs, mesh, dtype), rows)
+            return f(gather_params(params, roles, specs, mesh, dtype), rows)
 
         return device_map(local, mesh, (specs, in_spec), out_spec)(params, rows)
 
     return run
 
 
-def gather_params(params: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
-    """Within device_map: whole parameters from the parts over fsdp, sent in `dtype`, the computation's, and kernels
-    left in it. For their gradients see mean_gradients."""
+def gather_params(params: Any, roles: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
+    """Within device_map: whole parameters from the shards over fsdp, gathered in `dtype`, the computation's.
 
-    def gather(path, spec: P, x):
+    Matrices stay in it; embeddings and heads return to float32, so that their gradients add up in it. For the
+    gradients see mean_gradients.
+    """
+
+    def gather(spec: P, role: Any, x):
         if "fsdp" not in spec:
             return x
         whole = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
-        return whole if path_name(path).endswith("kernel") else whole.astype(x.dtype)  # embeddings' gradients add up
+        return whole if role.group == "matrix" else whole.astype(x.dtype)
 
     def gather_all(params):
-        return jax.tree_util.tree_map_with_path(gather, specs, params)
+        return jax.tree.map(gather, specs, roles, params)
 
     return params if mesh.shape["fsdp"] == 1 else _on_parts_over_tensor(gather_all, specs, mesh)(params)
 

@@ -12,78 +12,23 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
-from ml_collections import ConfigDict
 
-from jaxgpt import UserError
-from jaxgpt.models.gpt2 import GPTConfig, Params, bind, init_params
-from jaxgpt.ops import fp8
+from jaxgpt.config import Parts
+from jaxgpt.models import ModelConfig, Params, abstract_params, bind, init_params, roles
 from jaxgpt.optim import learning_rate, make_optimizer
 from jaxgpt.sharding import (
     BATCH_AXES,
-    check_heads,
     device_map,
     gather_params,
     mean_gradients,
     mean_over,
-    tree_shardings,
-    tree_specs,
+    param_specs,
+    state_specs,
     with_whole_params,
 )
 
 Metrics = dict[str, Array]
 SPIKE_STEPS = 100  # over which the spike guard's statistics run
-
-
-def make_model_config(config: ConfigDict, vocab_size: int, mesh: Mesh, eot: int | None = None) -> GPTConfig:
-    """The model of a run, its "auto" keys decided for the devices of the mesh."""
-    device = mesh.devices.flat[0]
-    nvidia = device.platform == "gpu" and hasattr(device, "compute_capability")
-    ampere = nvidia and float(device.compute_capability) >= 8
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if ampere or device.platform == "tpu" else "float16" if nvidia else "float32"
-    if config.doc_mask and eot is None:
-        raise UserError("doc_mask needs a tokenizer with an end-of-text token, which this corpus has not; leave it off")
-    cudnn = ampere and dtype != "float32" and config.n_embd // config.n_head <= 128
-    if config.attention == "cudnn" and not cudnn:
-        raise UserError(
-            "attention=cudnn needs an NVIDIA GPU of the Ampere generation or newer, bfloat16 or float16, and heads "
-            "no larger than 128; leave it at auto"
-        )
-    if config.matmul_dtype == "fp8":
-        check_fp8(config, dtype, nvidia and float(device.compute_capability) >= 8.9, mesh)
-    fastest = "cudnn" if cudnn and not config.doc_mask else "xla"
-    kernels = ampere and mesh.shape["tensor"] == 1
-    check_heads(config.n_head, mesh)
-    return GPTConfig(
-        block_size=config.block_size,
-        vocab_size=vocab_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        dropout=config.dropout,
-        bias=config.bias,
-        dtype=dtype,
-        attention=fastest if config.attention == "auto" else config.attention,
-        kernels=kernels if config.kernels == "auto" else config.kernels == "on",
-        remat=config.remat,
-        doc_mask=eot if config.doc_mask and eot is not None else -1,
-    )
-
-
-def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> None:
-    """Raises UserError where FP8 products cannot run, or not by the kernels."""
-    rows = config.batch_size * config.block_size
-    if not hardware or dtype != "bfloat16" or mesh.shape["tensor"] > 1:
-        raise UserError(
-            "matmul_dtype=fp8 needs NVIDIA GPUs of compute capability 8.9 or more (Ada, Hopper, newer), bfloat16 and "
-            "mesh_tensor=1; leave it at auto"
-        )
-    if config.n_embd % fp8.MULTIPLE or rows % fp8.MULTIPLE:
-        raise UserError(
-            f"matmul_dtype=fp8 needs n_embd={config.n_embd} and batch_size × block_size={rows} to be multiples of "
-            f"{fp8.MULTIPLE}; choose such sizes, or leave it at auto"
-        )
 
 
 class LossScale(NamedTuple):
@@ -134,7 +79,11 @@ class Spikes(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds: with the config, the whole future of a run follows from it."""
+    """All that a checkpoint holds: with the config, the whole future of a run follows from it.
+
+    A field that is None takes no part in a run; one that has come to a run later is made when an older checkpoint is
+    restored (`OPTIONAL`).
+    """
 
     step: Int[Array, ""]  # optimizer steps taken, dropped ones included
     params: Params
@@ -142,90 +91,99 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
     bad_steps: Int[Array, ""]  # dropped steps in a row
     spikes: Spikes
+    average: Params | None = None  # of the parameters, exponentially weighted, where average_decay asks for it
+
+    @property
+    def best_params(self) -> Params:
+        """What is evaluated and sampled: the average, if there is one."""
+        return self.params if self.average is None else self.average
 
 
-def purpose_seed(seed: int, purpose: str) -> Array:
+OPTIONAL = ("average",)  # fields of TrainState that a checkpoint may lack
+
+
+def random_key(seed: int, purpose: str) -> Array:
     """The key of one use of randomness: everything random derives from (seed, step, purpose)."""
     return jax.random.fold_in(jax.random.key(seed), {"init": 0, "dropout": 1, "sample": 2}[purpose])
 
 
-def init_state(config: ConfigDict, model_config: GPTConfig) -> TrainState:
-    """A fresh state. Run it under `jax.jit` with out_shardings, so that it is made in place on every device."""
-    params = init_params(model_config, purpose_seed(config.seed, "init"))
+def init_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """A fresh state, around `params` if given. Run it under `jax.jit` with out_shardings, to make it where it lies."""
+    if params is None:
+        params = init_params(parts.model, random_key(parts.data.seed, "init"))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
-        opt_state=make_optimizer(config).init(params),
-        loss_scale=LossScale.create(model_config.dtype),
+        opt_state=make_optimizer(parts.optimizer, roles(parts.model, params), mesh).init(params),
+        loss_scale=LossScale.create(parts.model.dtype),
         bad_steps=zero,
         spikes=Spikes.create(),
+        average=jax.tree.map(jnp.copy, params) if parts.optimizer.average_decay else None,
     )
 
 
-def abstract_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh) -> TrainState:
+def abstract_state(parts: Parts, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state, nothing computed."""
-    shapes = jax.eval_shape(partial(init_state, config, model_config))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, tree_shardings(shapes, mesh)
-    )
+    shapes = jax.eval_shape(partial(init_state, parts, mesh))
+    specs = state_specs(shapes, shapes.params, roles(parts.model, shapes.params), mesh)
+    return jax.tree.map(lambda x, spec: x.update(sharding=NamedSharding(mesh, spec)), shapes, specs)
 
 
-def create_state(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
+def create_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainState:
     """A fresh state made sharded, never whole on one device; with `params` (placed already, donated), around those."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
-    if params is None:
-        return jax.jit(partial(init_state, config, model_config), out_shardings=shardings)()
-
-    def around(params):
-        return init_state(config, model_config)._replace(params=params, opt_state=make_optimizer(config).init(params))
-
-    return jax.jit(around, out_shardings=shardings, donate_argnums=0)(params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, mesh))
+    make = jax.jit(
+        partial(init_state, parts, mesh), out_shardings=shardings, donate_argnums=() if params is None else 0
+    )
+    return make() if params is None else make(params)
 
 
-def begin_state(
-    config: ConfigDict, model_config: GPTConfig, mesh: Mesh, params: Params | None = None
-) -> "Future[TrainState]":
+def begin_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> "Future[TrainState]":
     """create_state in a thread, for it takes seconds and so does compiling the step.
 
     On a CPU the state is there at the return: both at once took half as much memory again, and no less time.
     """
     beside = ThreadPoolExecutor(1)
-    state = beside.submit(create_state, config, model_config, mesh, params)
+    state = beside.submit(create_state, parts, mesh, params)
     beside.shutdown(wait=jax.default_backend() == "cpu")
     return state
 
 
-def loss_fn(model_config: GPTConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:
+def loss_fn(model: ModelConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:
     """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
     tokens = tokens.astype(jnp.int32)
-    return bind(model_config, params).loss(tokens[:, :-1], tokens[:, 1:], seed=seed)
+    return bind(model, params).loss(tokens[:, :-1], tokens[:, 1:], seed=seed)
 
 
-def split_qkv(params: Params) -> Params:
-    """The parameters with every c_attn array as a list of its three parts, for queries, keys and values."""
+def split_stacks(params_roles: Any, params: Params) -> Params:
+    """The parameters with every array that stacks matrices (Role.stack) as a list of them. params_roles: theirs."""
 
-    def split(path, x):
-        return [x[..., i, :] for i in range(3)] if "c_attn" in jax.tree_util.keystr(path) else x
+    def split(role, x):
+        if role.stack is None:
+            return x
+        return [jax.lax.index_in_dim(x, i, role.stack, keepdims=False) for i in range(x.shape[role.stack])]
 
-    return jax.tree_util.tree_map_with_path(split, params)
+    return jax.tree.map(split, params_roles, params)
 
 
-def join_qkv(params: Params) -> Params:
-    """The inverse of split_qkv."""
-    return jax.tree.map(
-        lambda x: jnp.stack(x, axis=-2) if isinstance(x, list) else x, params, is_leaf=lambda x: isinstance(x, list)
-    )
+def join_stacks(params_roles: Any, params: Params) -> Params:
+    """The inverse of split_stacks."""
+
+    def join(role, x):
+        return x if role.stack is None else jnp.stack(x, axis=role.stack)
+
+    return jax.tree.map(join, params_roles, params)
 
 
 def gradients(
-    model_config: GPTConfig, params: Params, scale: Float[Array, ""], seed, tokens: Integer[Array, "B T1"]
+    model: ModelConfig, params: Params, scale: Float[Array, ""], seed, tokens: Integer[Array, "B T1"]
 ) -> tuple[Float[Array, ""], Params]:
     """Loss and gradients of one device's rows of a micro-batch, in float32, without the loss scale."""
-    scaled = model_config.dtype == "float16"
+    scaled = model.dtype == "float16"
 
     def scaled_loss(params):
-        loss = loss_fn(model_config, params, tokens, seed)
+        loss = loss_fn(model, params, tokens, seed)
         return loss * scale if scaled else loss
 
     found = jax.tree.map(lambda x: x.astype(jnp.float32), jax.value_and_grad(scaled_loss)(params))
@@ -233,36 +191,38 @@ def gradients(
 
 
 def summed_gradients(
-    model_config: GPTConfig, params: Params, scale: Float[Array, ""], seeds, tokens: Integer[Array, "A B T1"]
+    model: ModelConfig, params: Params, scale: Float[Array, ""], seeds, tokens: Integer[Array, "A B T1"]
 ) -> tuple[Float[Array, ""], Params]:
     """Mean loss and mean gradients of one device's rows, over micro-steps, added up in a scan."""
     micro_steps = tokens.shape[0]
     if micro_steps == 1:
-        return gradients(model_config, params, scale, None if seeds is None else seeds[0], tokens[0])
+        return gradients(model, params, scale, None if seeds is None else seeds[0], tokens[0])
     # Queries', keys' and values' weights are apart in the loop: the model slices them and their gradients are joined,
     # each a copy that the compiler drops where the slices come from, and go back to, parts.
-    parts = split_qkv(params)
+    by_role = roles(model, params)
+    parts = split_stacks(by_role, params)
 
     def add(total, xs):
-        loss, grads = gradients(model_config, join_qkv(parts), scale, *xs)
-        return jax.tree.map(jnp.add, total, (loss, split_qkv(grads))), None
+        loss, grads = gradients(model, join_stacks(by_role, parts), scale, *xs)
+        return jax.tree.map(jnp.add, total, (loss, split_stacks(by_role, grads))), None
 
     zeros = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), parts))
     (loss, grads), _ = jax.lax.scan(add, zeros, (seeds, tokens))
-    return jax.tree.map(lambda x: x / micro_steps, (loss, join_qkv(grads)))
+    return jax.tree.map(lambda x: x / micro_steps, (loss, join_stacks(by_role, grads)))
 
 
 def mean_loss_and_gradients(
-    model_config: GPTConfig, mesh: Mesh, params: Params, scale: Float[Array, ""], seeds, tokens
+    model: ModelConfig, mesh: Mesh, params: Params, scale: Float[Array, ""], seeds, tokens
 ) -> tuple[Float[Array, ""], Params]:
     """summed_gradients on each device's rows alone, then one mean over devices."""
-    specs = tree_specs(params, mesh)
+    by_role = roles(model, params)
+    specs = param_specs(params, by_role, mesh)
 
     def local(params, scale, seeds, tokens):
         if seeds is not None:  # other rows, other masks
             seeds = seeds + jax.lax.axis_index(BATCH_AXES).astype(jnp.uint32)
-        whole = gather_params(params, specs, mesh, model_config.dtype)
-        loss, grads = summed_gradients(model_config, whole, scale, seeds, tokens)
+        whole = gather_params(params, by_role, specs, mesh, model.dtype)
+        loss, grads = summed_gradients(model, whole, scale, seeds, tokens)
         return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, specs, mesh)
 
     in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
@@ -270,16 +230,16 @@ def mean_loss_and_gradients(
 
 
 def updates_by_sum(
-    loss_and_gradients: Callable, optimizer: optax.GradientTransformation, state: TrainState, seeds, tokens
+    loss_and_gradients: Callable, optimizer: optax.GradientTransformationExtraArgs, state: TrainState, seeds, tokens
 ) -> tuple[Array, Any, Any]:
     """Loss, updates and the optimizer's next state, from gradients summed over micro-steps before one mean."""
     loss, grads = loss_and_gradients(state.params, state.loss_scale.scale, seeds, tokens)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     return loss, updates, opt_state
 
 
 def updates_by_multisteps(
-    loss_and_gradients: Callable, optimizer: optax.GradientTransformation, state: TrainState, seeds, tokens
+    loss_and_gradients: Callable, optimizer: optax.GradientTransformationExtraArgs, state: TrainState, seeds, tokens
 ) -> tuple[Array, Any, Any]:
     """The same through optax.MultiSteps. Its accumulator is zero between steps: no checkpoint needs it."""
     accumulating = optax.MultiSteps(optimizer, every_k_schedule=tokens.shape[0])
@@ -290,7 +250,7 @@ def updates_by_multisteps(
         seed, micro_tokens = xs
         seed = None if seed is None else seed[None]
         loss, grads = loss_and_gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
-        updates, multi_state = accumulating.update(grads, multi_state, state.params)
+        updates, multi_state = accumulating.update(grads, multi_state, state.params, step=state.step)
         return (multi_state, updates, total + loss), None
 
     carry = (empty, jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
@@ -299,7 +259,7 @@ def updates_by_multisteps(
 
 
 def make_train_step(
-    config: ConfigDict, model_config: GPTConfig, mesh: Mesh
+    parts: Parts, mesh: Mesh
 ) -> Callable[[TrainState, Integer[Array, "K A B T1"]], tuple[TrainState, Metrics]]:
     """The compiled function that takes K optimizer steps, each of A micro-steps of B sequences; the state is donated.
 
@@ -307,39 +267,45 @@ def make_train_step(
     finite, or a spike (spike_threshold), the update is dropped on the device: parameters and optimizer state stay, the
     step counts, and bad_steps says how many such steps there were in a row; it is 0 after a good one.
     """
-    model_config = dataclasses.replace(model_config, matmul_dtype=config.matmul_dtype)  # FP8 is for training alone
+    config = parts.optimizer
+    model = dataclasses.replace(parts.model, matmul_dtype=parts.devices.matmul_dtype)  # FP8 is for training alone
+    optimizer = make_optimizer(config, roles(model, abstract_params(model)), mesh)
     get_updates = partial(
         updates_by_multisteps if config.accumulation == "multisteps" else updates_by_sum,
-        partial(mean_loss_and_gradients, model_config, mesh),
-        make_optimizer(config),
+        partial(mean_loss_and_gradients, model, mesh),
+        optimizer,
     )
 
     def seeds_of(step, micro_steps):
-        if model_config.dropout == 0.0:
+        if not model.stochastic:
             return None
-        key = jax.random.fold_in(purpose_seed(config.seed, "dropout"), step)
+        key = jax.random.fold_in(random_key(parts.data.seed, "dropout"), step)
         return jax.random.bits(key, (micro_steps,), jnp.uint32)
 
     def one_step(state: TrainState, tokens: Integer[Array, "A B T1"]) -> tuple[TrainState, Metrics]:
         loss, updates, opt_state = get_updates(state, seeds_of(state.step, tokens.shape[0]), tokens)
-        norm = opt_state[0]
+        norm = opt_state.norm
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         good, spikes = finite, state.spikes
         if config.spike_threshold:
             spike, spikes = spikes.next(loss, norm, finite, config.spike_threshold)
             good = finite & ~spike
-        lr = learning_rate(config, state.step)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: lr * u, updates))
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = optax.incremental_update(params, average, 1 - config.average_decay)
         keep = partial(jax.tree.map, partial(jnp.where, good))
-        state = TrainState(
+        new = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
-            loss_scale=state.loss_scale.next(finite, model_config.dtype),
+            loss_scale=state.loss_scale.next(finite, model.dtype),
             bad_steps=jnp.where(good, 0, state.bad_steps + 1),
             spikes=spikes,
+            average=keep(average, state.average),
         )
-        return state, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": state.bad_steps}
+        lr = learning_rate(config, state.step)
+        return new, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": new.bad_steps}
 
     def train_step(state: TrainState, tokens: Integer[Array, "K A B T1"]) -> tuple[TrainState, Metrics]:
         if tokens.shape[0] == 1:  # a loop would copy what it carries
@@ -347,7 +313,7 @@ def make_train_step(
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(one_step, state, tokens)
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model_config, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, mesh))
     batch = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
     return jax.jit(
         train_step,
@@ -358,12 +324,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    model_config: GPTConfig, mesh: Mesh
+    model: ModelConfig, mesh: Mesh
 ) -> Callable[[Params, Integer[Array, "1 A B T1"]], Float[Array, " A"]]:
     """The compiled function that gives the mean loss in nats of each of A batches, dropout off."""
 
     def losses(params, tokens):
-        means = jax.lax.map(partial(loss_fn, model_config, params), tokens[0])
+        means = jax.lax.map(partial(loss_fn, model, params), tokens[0])
         return mean_over(means, mesh, *BATCH_AXES)
 
-    return jax.jit(with_whole_params(losses, mesh, model_config.dtype, P(None, None, BATCH_AXES, None), P()))
+    by_role, rows = roles(model, abstract_params(model)), P(None, None, BATCH_AXES, None)
+    return jax.jit(with_whole_params(losses, by_role, mesh, model.dtype, rows, P()))

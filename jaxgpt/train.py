@@ -1,33 +1,43 @@
-"""Train a GPT: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
+"""Train a model: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.config import Parser, parse_config, read_config, run_main, save_config
-from jaxgpt.data import RunData, prefetch
-from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops, perplexity
-from jaxgpt.models.gpt2 import GPTConfig, Params, count_params
+from jaxgpt.config import (
+    DataConfig,
+    Parser,
+    Parts,
+    parse_config,
+    read_config,
+    resolve,
+    resumed_config,
+    run_main,
+    save_config,
+)
+from jaxgpt.data import RunData, corpus_folders, prefetch
+from jaxgpt.keys import take
+from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
+from jaxgpt.models import count_params, find_model
 from jaxgpt.run import guard
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.processes import Processes, agree
-from jaxgpt.scoring.scorer import Scorer
-from jaxgpt.scoring.tasks import load_task, parse_tasks
+from jaxgpt.scoring.evaluation import Evaluation
+from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.step import abstract_state, begin_state, create_state, make_eval_step, make_model_config, make_train_step
+from jaxgpt.step import TrainState, abstract_state, begin_state, create_state, make_train_step
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.weights.opening import OpenedModel, open_model
 
 SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter
-SAME_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,32 +46,52 @@ def main(argv: Sequence[str]) -> int:
     explained = "compile for this mesh (of so many devices, if not this machine's), print what it takes, and stop"
     parser.add_argument("--dry_run", nargs="?", type=int, const=0, metavar="DEVICES", help=explained)
     with Processes():
-        config, args = parse_config(argv, parser)
+        config, given, args = parse_config(argv, parser)
         if args.dry_run is not None:
-            return rehearse(config, args.dry_run)
+            return describe_only(config, args.dry_run)
         agree("config", {"jax": jax.__version__, **config, "data_dir": "each host's own"})
         agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
-        return train(config)
+        return train(config, given)
 
 
-def train(config: ConfigDict) -> guard.Exit:
-    """The whole run: mesh, data, state, step, loop. Writes nothing before all that a user can get wrong is checked."""
+class Progress(NamedTuple):
+    """How far a run has come besides its state: what a checkpoint's record says."""
+
+    samples: int = 0  # windows of the training data read before this step
+    evaluated: int = -1  # the last step that was evaluated
+    val_loss: float | None = None  # at this step, if it was evaluated
+    best_step: int = -1
+    best_val_loss: float = math.inf
+
+    def after(self, step: int, val_loss: float) -> "Progress":
+        """The progress after an evaluation at `step`, whose loss may be the best so far."""
+        best = (step, val_loss) if val_loss < self.best_val_loss else (self.best_step, self.best_val_loss)
+        return self._replace(evaluated=step, val_loss=val_loss, best_step=best[0], best_val_loss=best[1])
+
+    def record(self, step: int, samples: int) -> dict[str, Any]:
+        """The info of a checkpoint at `step`."""
+        here = self._replace(samples=samples, val_loss=self.val_loss if self.evaluated == step else None)
+        return {key: value for key, value in here._asdict().items() if value is None or math.isfinite(value)}
+
+
+def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.Exit:
+    """The whole run: mesh, data, state, step, loop. Writes nothing before all that a user can get wrong is checked.
+
+    given: what the command line says, which a run that goes on takes over; None: all of the config.
+    """
     check_trackers(config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     run = Path(config.out_dir)
     checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
-    resume = decide_resume(config, run, checkpoints)
+    resume, config, changes = decide_resume(config, given, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
-    data = RunData(config, mesh, weights and weights.meta.vocab_size)
-    if weights:
-        weights.check_corpus(data.meta)
+    data = open_data(config, mesh, weights)
     agree("data", data.facts())
-    model_config = make_model_config(config, data.vocab_size, mesh, data.meta.eot)
-    abstract = abstract_state(config, model_config, mesh)
-    evaluate = Evaluation(config, data, model_config, mesh)
+    parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
+    abstract = abstract_state(parts, mesh)
+    evaluate = Evaluation(parts, data, mesh)
     if config.eval_only:
-        params = checkpoints.restore({"params": abstract.params})[0]["params"] if resume else weights and weights.params
-        print(evaluate.line("eval", evaluate(params or create_state(config, model_config, mesh).params)))
+        print(evaluate.line("eval", evaluate(params_to_evaluate(parts, mesh, checkpoints if resume else weights))))
         return guard.Exit.DONE
 
     with (
@@ -73,33 +103,34 @@ def train(config: ConfigDict) -> guard.Exit:
         with watchdog.allow("start", SLOW_LIMIT_S):
             checkpoints.remove_leftovers()
             state, info, step = checkpoints.restore(abstract) if resume else (abstract, {}, 0)
-            making = None if resume else begin_state(config, model_config, mesh, weights and weights.params)
-            n_params = count_params(abstract.params)
-            flops = data.tokens_per_step * flops_per_token(n_params, config.n_layer, config.n_embd, config.block_size)
+            progress = Progress(**{key: info[key] for key in Progress._fields if key in info})
+            making = None if resume else begin_state(parts, mesh, weights and weights.params)
+            flops = data.tokens_per_step * parts.model.flops_per_token(abstract.params)
             k = choose_steps_per_call(config, step, flops)
-            train_step = make_train_step(config, model_config, mesh).lower(abstract, data.abstract_batch(k)).compile()
+            data.begin(step, progress.samples)
+            train_step = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k)).compile()
             state = making.result() if making else state
-            write_run_files(run, config, data, step, evaluated=info.get("evaluated") == step)
+            write_run_files(run, config, data, step, evaluated=progress.evaluated == step)
             agree("compiled", {})
         with (
             Reporter(run, config, first_step=step) as reporter,
             prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k) as batches,
         ):
-            reporter.say(describe(config, model_config, mesh, data, n_params, step))
+            reporter.say("\n".join([*describe(parts, mesh, data, abstract, step), *changes]))
             log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
             while True:
-                if (step % config.eval_interval == 0 or step == config.max_iters) and info.get("evaluated") != step:
+                if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:
                     log.flush()
                     with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
                         try:
-                            scores = evaluate(state.params, stop.check)
+                            scores = evaluate(state.best_params, stop.check)
                         except guard.Stopped:  # the evaluation is begun again when the run goes on
                             break
                         reporter.say(evaluate.line(f"step {step}", scores))
                         reporter.record(step, scores)
-                        info = judge(info, step, scores["val_loss"])
-                        if step > 0 and (info.get("best_step") == step or config.always_save_checkpoint):
-                            checkpoints.save(step, state, info)
+                        progress = progress.after(step, scores["val_loss"])
+                        if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
+                            checkpoints.save(step, state, progress.record(step, data.samples(step)))
                 if step == config.max_iters or stop.requested():
                     break
                 state, metrics = train_step(state, next(batches)[1])
@@ -108,65 +139,90 @@ def train(config: ConfigDict) -> guard.Exit:
                 watchdog.beat()
             log.flush()
             with watchdog.allow("save", SLOW_LIMIT_S):
-                checkpoints.save(step, state, info if info.get("evaluated") == step else info | {"val_loss": None})
+                checkpoints.save(step, state, progress.record(step, data.samples(step)))
                 saved = checkpoints.wait()
     if not saved:
         raise UserError(f"the last checkpoint is not saved in {run}; make room and resume", guard.Exit.FAILURE)
-    return guard.Exit.DONE if info.get("evaluated") == config.max_iters else guard.Exit.STOPPED
+    return guard.Exit.DONE if progress.evaluated == config.max_iters else guard.Exit.STOPPED
 
 
-def judge(info: dict[str, Any], step: int, val_loss: float) -> dict[str, Any]:
-    """A checkpoint's info after an evaluation at `step`, whose loss may be the best so far."""
-    if val_loss < info.get("best_val_loss", math.inf):
-        info = info | {"best_val_loss": val_loss, "best_step": step}
-    return info | {"evaluated": step, "val_loss": val_loss}
-
-
-def rehearse(config: ConfigDict, devices: int) -> int:
+def describe_only(config: ConfigDict, devices: int) -> int:
     """The dry run for a mesh of `devices`; its exit status."""
     checks = (
         lambda: check_trackers(config),
-        lambda: decide_resume(config, Path(config.out_dir), Checkpoints(config.out_dir)),
+        lambda: decide_resume(config, None, Checkpoints(config.out_dir)),
         lambda: choose_steps_per_call(config, 0, 0.0),
         lambda: parse_tasks(config.eval_tasks),
     )
     return dry_run(config, devices, open_weights, checks)
 
 
-def decide_resume(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> bool:
-    """Whether to go on from a checkpoint. Raises UserError where init_from and the folder do not go together."""
-    steps = checkpoints.steps()
-    if config.init_from == "resume" and not steps:
-        raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=scratch")
-    if config.init_from not in ("resume", "auto"):
-        if not config.eval_only and (steps or (run / "config.json").exists()):
-            raise UserError(f"{run} already holds a run; go on with init_from=resume, or choose another out_dir")
-        return False
-    if steps:
-        saved = read_config(run)
-        for key in SAME_ON_RESUME:
-            if saved[key] != config[key]:
-                raise UserError(
-                    f"{key}={config[key]}, but the run in {run} has {key}={saved[key]}; resume with the same model"
-                )
-        if steps[-1] > config.max_iters:
-            raise UserError(f"the run in {run} is at step {steps[-1]} already; raise max_iters={config.max_iters}")
-    return bool(steps)
+def decide_resume(
+    config: ConfigDict, given: Mapping[str, Any] | None, checkpoints: Checkpoints
+) -> tuple[bool, ConfigDict, list[str]]:
+    """Whether to go on from a checkpoint, with which config, and a line for each value that is not the command's.
+
+    A run that began from weights goes on by the same command. Raises UserError where init_from and the folder do not go
+    together.
+    """
+    run, steps = Path(config.out_dir), checkpoints.steps()
+    how = config.init_from
+    if how == "resume" and not steps:
+        raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=auto")
+    if not steps:
+        return False, config, []
+    if how == "scratch" and not config.eval_only:
+        raise UserError(f"{run} already holds a run; go on with init_from=resume, or choose another out_dir")
+    saved = read_config(run, model=(given or {}).get("model", config.model), model_changed=config.model_changed)
+    if how not in ("scratch", "resume", "auto"):
+        if config.eval_only:
+            return False, config, []
+        if saved.init_from != how and saved.init_from not in ("resume", "auto"):
+            raise UserError(f"{run} holds a run that began with init_from={saved.init_from}; choose another out_dir")
+    config, changes = resumed_config(config, given, saved)
+    if steps[-1] > config.max_iters:
+        raise UserError(f"the run in {run} is at step {steps[-1]} already; raise max_iters={config.max_iters}")
+    return True, config, changes
 
 
 def open_weights(config: ConfigDict, mesh: Mesh) -> OpenedModel:
     """The model to start from, its sizes taken into the config."""
     model = open_model(
-        init_from=config.init_from, mesh=mesh, dtype=config.dtype, param_dtype="float32", block_size=config.block_size
+        init_from=config.init_from,
+        mesh=mesh,
+        dtype=config.dtype,
+        param_dtype="float32",
+        block_size=config.block_size,
+        model=config.model if find_model(config.model).source else "",
+        model_changed=config.model_changed,
     )
     model.adopt(config)
     return model
 
 
+def open_data(config: ConfigDict, mesh: Mesh, weights: OpenedModel | None) -> RunData:
+    """The corpora, for the weights' vocabulary if there are any."""
+    if os.path.realpath(config.out_dir) in map(os.path.realpath, corpus_folders(take(DataConfig, config))):
+        raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
+    data = RunData(take(DataConfig, config), config.block_size, mesh, weights and weights.meta.vocab_size)
+    if weights:
+        weights.check_corpus(data.meta)
+    return data
+
+
+def params_to_evaluate(parts: Parts, mesh: Mesh, source: Checkpoints | OpenedModel | None) -> Any:
+    """The parameters that eval_only evaluates: of the best checkpoint, of weights, or fresh ones."""
+    if isinstance(source, Checkpoints):
+        name = "average" if parts.optimizer.average_decay else "params"
+        return source.restore({name: getattr(abstract_state(parts, mesh), name)}, "best")[0][name]
+    return source.params if source else create_state(parts, mesh).params
+
+
 def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, *, evaluated: bool) -> None:
     """config.json and the tokenizer's files, so that the folder alone is enough to sample from; trims metrics.jsonl."""
     if jax.process_index() == 0:
-        save_config(config, run)
+        source = find_model(config.model).source
+        save_config(config, run, model_source=source, data=data.facts(), environment=environment())
         data.copy_tokenizer(run)
         guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
 
@@ -190,52 +246,27 @@ def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) 
     return max(k for k in range(1, 101) if common % k == 0 and (k == 1 or k * step_s <= 0.05))
 
 
-def describe(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, data: RunData, n_params: int, step: int) -> str:
+def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: int) -> list[str]:
     """What is about to run, for people."""
+    model, run = parts.model, parts.run
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    fused = "fused" if model.kernels else "plain"
     lines = [
-        f"{n_params:,} parameters, {data.tokens_per_step:,} tokens per step, {data.micro_steps} micro-steps",
-        f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {shape}, {model_config.dtype}, "
-        f"attention by {model_config.attention}, {'fused' if model_config.kernels else 'plain'} kernels",
-        f"{'resuming at' if step else 'starting at'} step {step} of {config.max_iters}, in {config.out_dir}",
+        f"{count_params(model, state.params):,} parameters, {data.tokens_per_step:,} tokens per step, "
+        f"{data.micro_steps} micro-steps",
+        f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {shape}, {model.dtype}",
+        f"attention by {model.attention}, {fused} kernels{memory_limit()}",
+        f"{'resuming at' if step else 'starting at'} step {step} of {parts.optimizer.max_iters}, in {run.out_dir}",
     ]
-    if jax.default_backend() == "gpu" and (model_config.attention != "cudnn" or not model_config.kernels):
-        lines.insert(2, "warning: the fastest attention or kernels do not apply to this GPU, dtype, dropout or mesh")
-    return "\n".join(lines)
+    if jax.default_backend() == "gpu" and (model.attention != "cudnn" or not model.kernels):
+        lines.insert(3, "warning: the fastest attention or kernels do not apply to this GPU, dtype, dropout or mesh")
+    return lines
 
 
-class Evaluation:
-    """Mean losses of fixed batches of every split, and the scores of eval_tasks."""
-
-    def __init__(self, config: ConfigDict, data: RunData, model_config: GPTConfig, mesh: Mesh):
-        self._data, self._batches = data, None
-        self._step = make_eval_step(model_config, mesh)
-        files = parse_tasks(config.eval_tasks)
-        self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
-        self._scorer = Scorer(model_config, mesh)
-
-    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """The scores by name. `check` is called every few batches, and may raise."""
-        if self._batches is None:
-            self._batches = self._data.eval_batches()
-            self._step = self._step.lower(params, self._batches["val"][0]).compile()
-            agree("compiled evaluation", {})
-        scores = {}
-        for split, calls in self._batches.items():
-            losses = []
-            for tokens in calls:
-                check()
-                losses.append(jax.device_get(self._step(params, tokens)))
-            scores[f"{split}_loss"] = float(np.mean(losses, dtype=np.float64))
-        scores["val_ppl"] = perplexity(scores["val_loss"])
-        for name, task in self._tasks.items():
-            scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}
-        return scores
-
-    @staticmethod
-    def line(title: str, scores: dict[str, float]) -> str:
-        """`step 250: train loss 1.9804, val loss 2.0776`."""
-        return f"{title}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items() if k != "val_ppl")
+def memory_limit() -> str:
+    """How much of a device's memory arrays may take, where it tells."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return f", up to {limit / 2**30:.1f} GiB of a device's memory" if limit else ""
 
 
 class StepLog:

@@ -1,4 +1,4 @@
-"""GPT-2 as a flax.nnx module: the model alone; no optimizer, no flags, no files.
+"""GPT-2: tanh GELU, LayerNorm with epsilon 1e-5, learned positions, tied embeddings, init 0.02 and 0.02/√(2L).
 
 Letters in shapes: B batch, T time (query), S key time, C n_embd, N heads, H head size, F MLP hidden, V padded
 vocabulary, L layers. Activations are 2-D, (B·T, C), everywhere but inside attention: XLA then makes no transposed
@@ -6,18 +6,14 @@ copies of them for the weight gradients.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
-from jaxgpt import UserError
+from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, pure
 from jaxgpt.ops import fp8
 from jaxgpt.ops.attention import attention
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
@@ -25,62 +21,44 @@ from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.gelu import gelu
 from jaxgpt.ops.layer_norm import add_layer_norm
 
-Params = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT and how it computes. Raises UserError on values that make no model."""
+class GPTConfig(ModelConfig):
+    """GPT-2's shape and how it computes."""
 
-    block_size: int = 1024
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = False
-    dtype: str = "float32"  # of the computation; parameters are always float32
-    attention: str = "xla"  # xla | cudnn
-    kernels: bool = False  # the GPU kernels of jaxgpt/ops in place of their plain twins
-    remat: str = "none"  # none | block: recompute each block in the backward pass
-    matmul_dtype: str = "auto"  # auto: dtype | fp8: 8 bits in the products of the MLP and of the vocabulary
-    doc_mask: int = -1  # this token ends a document and attention does not cross it; -1: no boundaries
+    # `tensor` splits the vocabulary, the heads and the MLP's hidden units, as Megatron-LM does (arXiv 1909.08053).
+    # wte is tied to the logits: looked up, and multiplied.
+    ROLES = (
+        Role("wte/embedding", "embedding", tensor=0),
+        Role("wpe/embedding", "embedding", product=False),
+        Role("h/*/attn/c_attn/kernel", "matrix", tensor=-1, stack=-2),
+        Role("h/*/attn/c_attn/bias", "vector", tensor=-1, decay=False, stack=-2),
+        Role("h/*/attn/c_proj/kernel", "matrix", tensor=0),
+        Role("h/*/attn/c_proj/bias", "vector", decay=False),
+        Role("h/*/mlp/c_fc/kernel", "matrix", tensor=-1),
+        Role("h/*/mlp/c_fc/bias", "vector", tensor=-1, decay=False),
+        Role("h/*/mlp/c_proj/kernel", "matrix", tensor=0),
+        Role("h/*/mlp/c_proj/bias", "vector", decay=False),
+        Role("h/*/ln_1/*", "vector", decay=False, float32=True),
+        Role("h/*/ln_2/*", "vector", decay=False, float32=True),
+        Role("ln_f/*", "vector", decay=False, float32=True),
+    )
 
-    def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a multiple, such as "
-                f"n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+    def build(self, rngs: nnx.Rngs) -> "GPT":
+        return GPT(self, rngs=rngs)
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """vocab_size rounded up to a multiple of 128, the width of matrix-unit tiles."""
-        return -(-self.vocab_size // 128) * 128
+    def init(self, rng: Array) -> Params:
+        """The parameters of `GPT(config, rngs=nnx.Rngs(rng))`, with fewer programs to compile."""
+        # All layers at once, and the barrier keeps it so: a few kernels of random numbers, not some a layer
+        layers = jax.random.split(rng, 1 + self.n_layer)[1:]
+        blocks = jax.vmap(lambda rng: pure(Block(self, rngs=nnx.Rngs(rng))))(layers)
+        blocks = jax.lax.optimization_barrier(blocks)
+        params = pure(GPT(dataclasses.replace(self, n_layer=1), rngs=nnx.Rngs(rng)))
+        return params | {"h": {i: jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(self.n_layer)}}
 
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far; `length` of the S slots are filled (the same for every row).
-
-    An array for each layer, so that the compiler can add to each in place.
-    """
-
-    k: tuple[Float[Array, "B S N H"], ...]
-    v: tuple[Float[Array, "B S N H"], ...]
-    docs: Int[Array, "B S+1"] | None  # the number of each slot's document, if the model keeps documents apart
-    length: Int[Array, ""]
-
-    @staticmethod
-    def empty(config: GPTConfig, batch: int, slots: int) -> "KVCache":
-        shape = (batch, slots, config.n_head, config.n_embd // config.n_head)
-        k, v = (tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layer)) for _ in range(2))
-        docs = jnp.zeros((batch, slots + 1), jnp.int32) if config.doc_mask >= 0 else None
-        return KVCache(k, v, docs, jnp.zeros((), jnp.int32))
+    def flops_per_token(self, params: Params) -> float:
+        """6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's), N without position embeddings."""
+        return 6.0 * count_params(self, params) + 12 * self.n_layer * self.n_embd * self.block_size
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -205,10 +183,15 @@ class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
         normal = nnx.initializers.normal(0.02)
-        self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, embedding_init=normal, rngs=rngs)
-        self.wpe = nnx.Embed(config.block_size, config.n_embd, embedding_init=normal, rngs=rngs)
-        self.h = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
-        self.ln_f = _layer_norm(config, rngs)
+
+        def padded(rng, shape, dtype):  # the vocabulary's padding is zero, and stays so
+            return jnp.where(jnp.arange(shape[0])[:, None] < config.vocab_size, normal(rng, shape, dtype), 0)
+
+        outer, *layers = map(nnx.Rngs, jax.random.split(rngs.params.key[...], 1 + config.n_layer))
+        self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, embedding_init=padded, rngs=outer)
+        self.wpe = nnx.Embed(config.block_size, config.n_embd, embedding_init=normal, rngs=outer)
+        self.h = nnx.List([Block(config, rngs=layer) for layer in layers])
+        self.ln_f = _layer_norm(config, outer)
 
     def hidden(
         self, tokens: Int[Array, "B T"], *, seed: UInt[Array, ""] | None = None, cache: KVCache | None = None
@@ -231,15 +214,7 @@ class GPT(nnx.Module):
         if seed is not None and c.dropout > 0:
             seeds = jax.random.bits(jax.random.key(seed), (3 * c.n_layer + 1,), jnp.uint32)
             x = dropout(x, c.dropout, seeds[-1])
-        docs = None
-        if c.doc_mask >= 0:  # a token belongs to the document that began after the last boundary
-            ends = (tokens == c.doc_mask).astype(jnp.int32)
-            docs = jnp.cumsum(ends, axis=1)
-            if cache is None:
-                docs = docs - ends
-            elif cache.docs is not None:  # an end counts from the next slot on
-                docs = docs + jax.lax.dynamic_slice_in_dim(cache.docs, start, 1, axis=1)
-                docs = jax.lax.dynamic_update_slice_in_dim(cache.docs, docs, start + 1, axis=1)
+        docs = documents(c, tokens, cache)
         branch = None
         layers_k, layers_v = [], []
         for i, block in enumerate(self.h):
@@ -276,44 +251,3 @@ class GPT(nnx.Module):
         table = self.wte.embedding[...]  # float32: its gradient is then not rounded to the computation's dtype
         fast = {"kernel": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
         return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, **fast)
-
-
-def init_params(config: GPTConfig, key: Array, dtype: str = "float32") -> Params:
-    """Fresh parameters as a nested dict: GPT-2's initialization, the padded rows of the vocabulary zero."""
-
-    def init(module: Callable[..., nnx.Module], config: GPTConfig, key: Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key)), nnx.Param))
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-
-    # All layers at once, and the barrier keeps it so: a few kernels of random numbers to compile, not some a layer
-    outer, *layers = jax.random.split(key, 1 + config.n_layer)
-    params = init(GPT, dataclasses.replace(config, n_layer=1), outer)
-    blocks = jax.lax.optimization_barrier(jax.vmap(partial(init, Block, config))(jnp.stack(layers)))
-    params["h"] = {i: jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(config.n_layer)}
-    table = params["wte"]["embedding"]
-    params["wte"]["embedding"] = jnp.where(jnp.arange(table.shape[0])[:, None] < config.vocab_size, table, 0)
-    return params
-
-
-def abstract_params(config: GPTConfig) -> Params:
-    """The shapes and dtypes of `init_params`, without computing anything."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def bind(config: GPTConfig, params: Params) -> GPT:
-    """The module over these parameters (of any float dtype)."""
-    graphdef, state = _structure(config)
-    state = jax.tree.map(lambda x: x, state)  # a copy
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
-
-
-@functools.lru_cache(maxsize=8)  # over a second for 48 layers
-def _structure(config: GPTConfig):
-    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
-
-
-def count_params(params: Params, *, non_embedding: bool = True) -> int:
-    """Number of parameters, position embeddings left out by default as nanoGPT counts them (padding included)."""
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return total - math.prod(params["wpe"]["embedding"].shape) if non_embedding else total

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 from tqdm import tqdm
 
-from jaxgpt.models.gpt2 import GPTConfig, Params, bind
+from jaxgpt.models import ModelConfig, Params, abstract_params, bind, roles
 from jaxgpt.sharding import BATCH_AXES, data_shards, with_whole_params
 
 
@@ -39,7 +39,7 @@ class Scorer:
 
     MIN_LENGTH = 32  # lengths are this, doubled up to block_size: six of them for 1,024
 
-    def __init__(self, config: GPTConfig, mesh: Mesh, tokens_per_device: int | None = None):
+    def __init__(self, config: ModelConfig, mesh: Mesh, tokens_per_device: int | None = None):
         self.config, self.mesh, self.sharding = config, mesh, NamedSharding(mesh, P(BATCH_AXES))
         cpu = mesh.devices.flat[0].platform == "cpu"
         self.tokens_per_device = tokens_per_device or (4096 if cpu else 65536)
@@ -49,7 +49,8 @@ class Scorer:
             losses, likeliest = score_tokens(config, params, tokens)
             return Scores(jnp.where(scored, losses, 0).sum(1), scored.sum(1), (likeliest | ~scored).all(1))
 
-        score = with_whole_params(score, mesh, config.dtype, P(BATCH_AXES), P(BATCH_AXES))
+        by_role = roles(config, abstract_params(config))
+        score = with_whole_params(score, by_role, mesh, config.dtype, P(BATCH_AXES), P(BATCH_AXES))
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
     def __call__(
@@ -98,7 +99,7 @@ LOGITS_AT_ONCE = 2**28  # a float32 GiB
 
 
 def score_tokens(
-    config: GPTConfig, params: Params, tokens: Int[Array, "B T1"]
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T1"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Loss in nats of each token but the first, given those before it, and whether it is the likeliest.
 

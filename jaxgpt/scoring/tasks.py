@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt import UserError, optional
+from jaxgpt.config import DataConfig
 from jaxgpt.data import Corpus, corpus_folders
+from jaxgpt.keys import take
 from jaxgpt.metrics import perplexity
-from jaxgpt.models.gpt2 import Params
+from jaxgpt.models import Params
 from jaxgpt.scoring.scorer import Row, Scorer, Scores
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.weights import hf
@@ -154,7 +156,7 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     """The validation split in data_dir, by default the one of a run."""
     if not data_dir and model.weights:
         raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
-    folders = [Path(data_dir)] if data_dir else corpus_folders(model.run_config)
+    folders = [Path(data_dir)] if data_dir else corpus_folders(take(DataConfig, model.run_config))
     if len(folders) > 1:
         raise UserError(f"which corpus? {model.source} was trained on several: add --data_dir=FOLDER of one of them")
     corpus = Corpus.open(folders[0], "val", block_size=1, vocab_size=model.config.vocab_size)

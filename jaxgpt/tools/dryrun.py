@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
+from jaxgpt.config import DataConfig, Parts, resolve
 from jaxgpt.data import RunData
-from jaxgpt.models.gpt2 import GPTConfig, count_params
+from jaxgpt.keys import take
+from jaxgpt.models import count_params
 from jaxgpt.run.launchers import count_gpus
 from jaxgpt.sharding import AXES, BATCH_AXES, data_shards, make_mesh
-from jaxgpt.step import TrainState, abstract_state, make_model_config, make_train_step
+from jaxgpt.step import TrainState, abstract_state, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, token_dtype
 
 GPUS_PER_HOST = 8  # of described hosts
@@ -56,19 +58,24 @@ def dry_run(
     fitting, shards = config.copy_and_resolve_references(), data_shards(where)
     fitting.gradient_accumulation_steps = max(1, config.gradient_accumulation_steps // shards) * shards
     if fitting.gradient_accumulation_steps != config.gradient_accumulation_steps:
-        attempt(lambda: RunData(config, where))
-    data = attempt(lambda: RunData(fitting, where, weights and weights.meta.vocab_size))
+        attempt(lambda: open_data(config, where, weights))
+    data = attempt(lambda: open_data(fitting, where, weights))
     if described and config.dtype == "auto":
         fitting.dtype = "bfloat16"
     vocab_size = data.vocab_size if data else weights.meta.vocab_size if weights else GPT2_VOCAB_SIZE
     eot = data.meta.eot if data else GPT2_VOCAB_SIZE - 1
-    model_config = attempt(lambda: make_model_config(fitting, vocab_size, where, eot))
-    state = mesh and model_config and attempt(lambda: abstract_state(fitting, model_config, mesh))
+    parts = attempt(lambda: resolve(fitting, where, vocab_size, eot))
+    state = mesh and parts and attempt(lambda: abstract_state(parts, mesh))
     if state:
-        print("\n".join(report(fitting, model_config, mesh, state, described)))
+        print("\n".join(report(parts, mesh, state, described)))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0
+
+
+def open_data(config: ConfigDict, mesh: Mesh, weights: Any) -> RunData:
+    """The corpora of a config, for the weights' vocabulary if there are any."""
+    return RunData(take(DataConfig, config), config.block_size, mesh, weights and weights.meta.vocab_size)
 
 
 def describe_devices(count: int) -> Sequence[Any]:
@@ -84,28 +91,29 @@ def describe_devices(count: int) -> Sequence[Any]:
     return jax.devices()
 
 
-def report(config: ConfigDict, model_config: GPTConfig, mesh: Mesh, state: TrainState, described: bool) -> list[str]:
+def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool) -> list[str]:
     """Lines for people on the step compiled for this mesh."""
-    micro_steps, rows = config.gradient_accumulation_steps // data_shards(mesh), config.batch_size * data_shards(mesh)
+    model, data, shards = parts.model, parts.data, data_shards(mesh)
+    micro_steps, rows = data.gradient_accumulation_steps // shards, data.batch_size * shards
     tokens = jax.ShapeDtypeStruct(
-        (1, micro_steps, rows, config.block_size + 1),
-        token_dtype(model_config.vocab_size),
+        (1, micro_steps, rows, model.block_size + 1),
+        token_dtype(model.vocab_size),
         sharding=NamedSharding(mesh, P(None, None, BATCH_AXES, None)),
     )
-    compiled = make_train_step(config, model_config, mesh).lower(state, tokens).compile()
+    compiled = make_train_step(parts, mesh).lower(state, tokens).compile()
     platform = mesh.devices.flat[0].platform
     state_gib = bytes_per_device(state) / 2**30
     if described and platform == "cpu":
-        step_gib = step_bytes(config, model_config, mesh, count_params(state.params, non_embedding=False)) / 2**30
+        step_gib = step_bytes(parts, mesh, count_params(model, state.params, all=True)) / 2**30
         origin = "estimated for accelerators with fused attention"
     else:
         step_gib, origin = compiled.memory_analysis().temp_size_in_bytes / 2**30, "as compiled"
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = f"{'described ' if described else ''}{mesh.devices.flat[0].device_kind}"
     return [
-        f"{count_params(state.params):,} parameters, {micro_steps * rows * config.block_size:,} tokens per step: "
-        f"{micro_steps} micro-steps of {rows} sequences of {config.block_size:,}",
-        f"mesh {shape} on {mesh.size} × {kind}, {model_config.dtype}, attention by {model_config.attention}",
+        f"{count_params(model, state.params):,} parameters, {micro_steps * rows * model.block_size:,} tokens per step: "
+        f"{micro_steps} micro-steps of {rows} sequences of {model.block_size:,}",
+        f"mesh {shape} on {mesh.size} × {kind}, {model.dtype}, attention by {model.attention}",
         f"memory per device: {state_gib + step_gib:.2f} GiB: state {state_gib:.2f}, step {step_gib:.2f} ({origin})",
         *(
             f"{name} per step: {count:,} of {size / 1e6:,.1f} MB in all"
@@ -119,7 +127,7 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh | AbstractMesh, n_params: int) -> float:
+def step_bytes(parts: Parts, mesh: Mesh | AbstractMesh, n_params: int) -> float:
     """About what a step needs on a device besides the state, with kernels and fused attention, which keep no scores.
 
     A token leaves 16 vectors of n_embd for the backward pass in each block: 2 inputs and 2 outputs of normalization, q,
@@ -127,11 +135,11 @@ def step_bytes(config: ConfigDict, model_config: GPTConfig, mesh: Mesh | Abstrac
     parameters in the computation's dtype and, with micro-steps, a float32 sum of gradients. For GPT-2 124M at 64
     sequences and 1.5B at 16 this gives 24.4 and 42.0 GiB, where XLA's memory analysis for an H200 says 25.6 and 42.5.
     """
-    c, size, tensor = model_config, jnp.dtype(model_config.dtype).itemsize, mesh.shape["tensor"]
+    c, size, tensor = parts.model, jnp.dtype(parts.model.dtype).itemsize, mesh.shape["tensor"]
     block = (6 + 10 / tensor) * c.n_embd  # normalization and the residual stream are whole on every device of tensor
     kept = c.n_layer * block if c.remat == "none" else 2 * c.n_layer * c.n_embd + block
-    activations = config.batch_size * c.block_size * size * (kept + c.padded_vocab_size / tensor)
-    sums = 4 if config.gradient_accumulation_steps > data_shards(mesh) else 0
+    activations = parts.data.batch_size * c.block_size * size * (kept + c.padded_vocab_size / tensor)
+    sums = 4 if parts.data.gradient_accumulation_steps > data_shards(mesh) else 0
     return activations + (size + sums) * n_params / tensor
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from jaxgpt.config import Parts
 from jaxgpt.metrics import peak_bytes, peak_flops
-from jaxgpt.models.gpt2 import GPTConfig
+from jaxgpt.models import Params, count_params
 from jaxgpt.optim import ADAMW_BYTES
 from jaxgpt.sharding import data_shards
 
@@ -28,7 +28,7 @@ KINDS = (
 )
 
 
-def least_work(config: ConfigDict, model: GPTConfig, mesh: Mesh, n_params: int) -> dict[str, tuple[float, str]]:
+def least_work(parts: Parts, mesh: Mesh, params: Params) -> dict[str, tuple[float, str]]:
     """What a step must do on a device at least, by kind of kernel: FLOPs, or bytes of memory read and written.
 
     Products: 6 FLOPs a weight and token. Attention: 7·T²·C a layer and sequence, of which the causal mask leaves 2
@@ -36,17 +36,17 @@ def least_work(config: ConfigDict, model: GPTConfig, mesh: Mesh, n_params: int) 
     their gradient written; 4 vectors of n_embd each way around a normalization and its residual; 3 of 4·n_embd in
     GELU's derivative.
     """
-    tensor = mesh.shape["tensor"]
-    sequences = config.batch_size * config.gradient_accumulation_steps // data_shards(mesh)
+    model, tensor = parts.model, mesh.shape["tensor"]
+    sequences = parts.data.batch_size * parts.data.gradient_accumulation_steps // data_shards(mesh)
     tokens, size, width = sequences * model.block_size, jnp.dtype(model.dtype).itemsize, model.n_embd
-    weights = 12 * model.n_layer * width**2 + model.padded_vocab_size * width
+    weights, all_weights = count_params(model, params), count_params(model, params, all=True)
     return {
         "matrix products": (6 * tokens * weights / tensor, "FLOP"),
         "attention": (7 * tokens * model.block_size * width * model.n_layer / tensor, "FLOP"),
         "loss": (2 * tokens * model.padded_vocab_size * size / tensor, "byte"),
         "normalization": (8 * tokens * width * size * (2 * model.n_layer + 1), "byte"),
         "GELU": (12 * tokens * width * size * model.n_layer / tensor, "byte"),
-        "optimizer": (ADAMW_BYTES * n_params / mesh.shape["fsdp"] / tensor, "byte"),
+        "optimizer": (ADAMW_BYTES * all_weights / mesh.shape["fsdp"] / tensor, "byte"),
     }
 
 

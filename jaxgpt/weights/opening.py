@@ -1,22 +1,21 @@
 """Opens a model for whoever uses one: a run's folder, one of OpenAI's names, or a Hugging Face folder."""
 
+import argparse
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.tree_util import tree_map_with_path
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.config import CHOICES, GPT2_SIZES, Parser, default_config, read_config
-from jaxgpt.models.gpt2 import GPTConfig, Params, abstract_params
+from jaxgpt.config import GPT2_SIZES, DeviceConfig, Parser, default_config, read_config, resolve
+from jaxgpt.keys import keys
+from jaxgpt.models import ModelConfig, Params, abstract_params, cast_params, roles
 from jaxgpt.run.checkpoint import Checkpoints
-from jaxgpt.sharding import tree_shardings
-from jaxgpt.step import make_model_config
+from jaxgpt.sharding import param_specs
 from jaxgpt.tokenizer import Meta, Tokenizer, corpus_meta, load_tokenizer
 from jaxgpt.weights import hf
 
@@ -34,7 +33,7 @@ class OpenedModel:
     folder: Path
     meta: Meta  # of its tokenizer
     run_config: ConfigDict  # a run's, or the defaults with the shape of a Hugging Face model
-    config: GPTConfig
+    config: ModelConfig
     weights: hf.Weights | None  # of a Hugging Face model; a run has none
     mesh: Mesh
     which: Which
@@ -46,12 +45,17 @@ class OpenedModel:
 
         UserError, naming the key and both values, where it contradicts them.
         """
-        for key in ("n_layer", "n_head", "n_embd", "bias"):
-            if key != "bias" and config[key] == 0:
-                config[key] = self.run_config[key]
-            if config[key] != self.run_config[key]:
+        if config.model != self.run_config.model:
+            raise UserError(
+                f"{self.source} is of model={self.run_config.model}, not {config.model}; name the same model"
+            )
+        for name in keys(type(self.config)).keys() - {"block_size", "dropout"}:
+            if config[name] == 0 and name.startswith("n_"):
+                config[name] = self.run_config[name]
+            if config[name] != self.run_config[name]:
                 raise UserError(
-                    f"{key}={config[key]} contradicts the weights of {self.source}; set {key}={self.run_config[key]}"
+                    f"{name}={config[name]} contradicts the weights of {self.source}; set "
+                    f"{name}={self.run_config[name]}"
                 )
 
     def check_corpus(self, meta: Meta) -> None:
@@ -72,20 +76,24 @@ class OpenedModel:
 
     @functools.cached_property
     def params(self) -> Params:
-        """The parameters on the mesh, in param_dtype but for those of layer norms, which compute in float32."""
+        """The parameters on the mesh, in param_dtype but for those that stay float32; a run's average if it has one.
 
-        def dtype_of(path, x) -> jnp.dtype:
-            return x.dtype if "ln_" in jax.tree_util.keystr(path) else jnp.dtype(self.param_dtype)
+        A model of fewer positions than the stored one takes the first rows of what is longer there.
+        """
 
-        stored = dataclasses.replace(self.config, block_size=self.run_config.block_size)
-        shapes = abstract_params(self.config if self.weights else stored)
-        shapes = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, tree_shardings(shapes, self.mesh))
+        def placed(config: ModelConfig) -> Params:
+            shapes = abstract_params(config)
+            specs = param_specs(shapes, roles(config, shapes), self.mesh)
+            return jax.tree.map(lambda x, spec: x.update(sharding=NamedSharding(self.mesh, spec)), shapes, specs)
+
+        wanted = cast_params(self.config, placed(self.config), self.param_dtype)
         if self.weights:
-            return self.weights.params(tree_map_with_path(lambda path, x: x.update(dtype=dtype_of(path, x)), shapes))
-        state, _, self.step = Checkpoints(self.folder).restore({"params": shapes}, self.which)
-        params = tree_map_with_path(lambda path, x: x.astype(dtype_of(path, x)), state["params"])
-        params["wpe"]["embedding"] = params["wpe"]["embedding"][: self.config.block_size]
-        return params
+            return self.weights.params(wanted)
+        field = "average" if self.run_config.average_decay else "params"
+        stored = placed(dataclasses.replace(self.config, block_size=self.run_config.block_size))
+        state, _, self.step = Checkpoints(self.folder).restore({field: stored}, self.which)
+        params = cast_params(self.config, state[field], self.param_dtype)
+        return jax.tree.map(lambda x, to: x[tuple(map(slice, to.shape))] if x.shape != to.shape else x, params, wanted)
 
 
 def open_model(
@@ -97,12 +105,15 @@ def open_model(
     which: Which = "best",
     param_dtype: str | None = None,
     block_size: int | None = None,
+    model: str = "",
+    model_changed: bool = False,
 ) -> OpenedModel:
     """A run's folder (out_dir), or what init_from names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of either.
 
     dtype: of the computation. param_dtype: in which the parameters are kept, by default the same: the computation casts
     them to it anyway, so that the results are the same to the bit. which: the checkpoint of a run. block_size: fewer
-    positions than the model has. UserError if there is no such model.
+    positions than the model has. model, model_changed: the file that a run's model is in, and whether it may differ
+    from the run's (config.read_config). UserError if there is no such model.
     """
     if (not out_dir) == (not init_from):
         raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
@@ -110,7 +121,7 @@ def open_model(
     folder = Path(source)
     has_config = source not in GPT2_SIZES and (folder / "config.json").is_file()
     if has_config and "model_type" not in hf.read_json(folder / "config.json"):
-        weights, run = None, read_config(folder)
+        weights, run = None, read_config(folder, model=model, model_changed=model_changed)
         meta = corpus_meta(folder)
     else:
         weights, run = hf.open_weights(source), default_config()
@@ -121,7 +132,7 @@ def open_model(
         raise UserError(f"block_size={block_size} is more than the {run.block_size} positions of {source}; lower it")
     here = run.copy_and_resolve_references()  # what the run's own machine decided does not bind this one
     here.update(dtype=dtype, matmul_dtype="auto", attention="auto", kernels="auto", remat="none", block_size=block_size)
-    config = make_model_config(here, meta.vocab_size, mesh, meta.eot)
+    config = resolve(here, mesh, meta.vocab_size, meta.eot).model
     return OpenedModel(source, folder, meta, run, config, weights, mesh, which, param_dtype or config.dtype)
 
 
@@ -129,8 +140,19 @@ def add_model_arguments(parser: Parser) -> None:
     """The arguments that name a model for open_model."""
     parser.add_argument("--out_dir", help="folder of a run")
     parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    parser.add_argument("--model", default="", help="the model file of a run of one's own model")
+    parser.add_argument("--model_changed", action="store_true", help="accept it where it differs from the run's")
     add_checkpoint_argument(parser)
-    parser.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
+    parser.add_argument("--dtype", default="auto", choices=keys(DeviceConfig)["dtype"].metadata["choices"])
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What open_model takes from these arguments, but for out_dir."""
+    names = {"init_from": "init_from", "dtype": "dtype", "checkpoint": "which"}
+    return {to: getattr(args, name) for name, to in names.items()} | {
+        "model": args.model,
+        "model_changed": args.model_changed,
+    }
 
 
 def add_checkpoint_argument(parser: Parser) -> None:
