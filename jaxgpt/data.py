@@ -29,7 +29,15 @@ from jaxtyping import Integer, UInt64
 from jaxgpt import UserError
 from jaxgpt.config import DataConfig
 from jaxgpt.sharding import BATCH_AXES, data_shards
-from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, Tokenizer, copy_tokenizer, corpus_meta, load_tokenizer
+from jaxgpt.tokenizer import (
+    GPT2_VOCAB_SIZE,
+    Meta,
+    Tokenizer,
+    check_same_language,
+    copy_tokenizer,
+    corpus_meta,
+    load_tokenizer,
+)
 
 T = TypeVar("T")
 U64 = np.uint64
@@ -200,10 +208,11 @@ class Batches:
     ):
         self.corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
         self.rows, self.block_size, self.order = rows, block_size, order
-        for corpus in self.corpora[1:]:
-            if corpus.meta.identity != self.corpora[0].meta.identity:
-                folders = f"{self.corpora[0].paths[0].parent} and {corpus.paths[0].parent}"
-                raise UserError(f"{folders} have different tokenizers; prepare the corpora of a mixture with one")
+        first, *others = self.corpora
+        for corpus in others:
+            check_same_language(
+                first.meta, corpus.meta, str(corpus.paths[0].parent), f"{first.paths[0].parent}, mixed with it,"
+            )
         shares = [Fraction(weight) for weight in weights]
         self._period = math.lcm(*(share.denominator for share in shares))
         self._bounds = np.cumsum([0] + [int(share * self._period) for share in shares]).astype(U64)

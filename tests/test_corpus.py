@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
+from jaxgpt.corpus import shards, sources
 from jaxgpt.corpus.shards import build
 from jaxgpt.corpus.sources import Files
 from jaxgpt.data import Corpus
@@ -70,7 +71,7 @@ def jsonl(gpt2_files, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(gpt2_files) -> dict[str, list[int]]:
     """The tokens of each split of `jsonl`."""
-    drawn = [texts._draw(i) < 0.1 for i in range(len(DOCUMENTS))]
+    drawn = [sources._draw(i) < 0.1 for i in range(len(DOCUMENTS))]
     return {
         split: plain_loop([text for text, d in zip(DOCUMENTS, drawn, strict=True) if d == (split == "val")])
         for split in ("train", "val")
@@ -85,16 +86,16 @@ def expected(gpt2_files) -> dict[str, list[int]]:
 def test_tokens_are_those_of_a_plain_loop(jsonl, expected, tmp_path, monkeypatch, workers, shard_tokens):
     if workers > 1 and shard_tokens == 10**8:
         return  # one shard says nothing new
-    monkeypatch.setattr(corpus, "PIECE", 50_000)  # many chunks
+    monkeypatch.setattr(shards, "PIECE", 50_000)  # many chunks
     build(Files([str(jsonl)], val_fraction=0.1), tmp_path, shard_tokens=shard_tokens, workers=workers)
     for split in ("train", "val"):
         assert tokens_of(tmp_path, split) == expected[split]
         assert len(Corpus.open(tmp_path, split, block_size=64, vocab_size=50257)) == len(expected[split])
     meta = read_meta(tmp_path)
     assert meta and meta.tokenizer == "gpt2" and meta.eot == 50256 and meta.dtype == "uint16"
-    for shard in [shard for shards in meta.shards.values() for shard in shards]:
+    for shard in [*meta.shards["train"], *meta.shards["val"]]:
         assert hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
-    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / corpus.PROGRESS).exists()
+    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / shards.PROGRESS).exists()
 
 
 PIECES = st.sampled_from(
@@ -112,8 +113,8 @@ def blocks(text: str, limit: int) -> list[str]:
 def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
     """Wherever there is a place to cut, the parts' tokens are the whole's, in every kind of white space."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "PIECE", limit)
-        parts = list(texts.split_text(blocks(text, limit)))
+        patch.setattr(sources, "PIECE", limit)
+        parts = list(sources.split_text(blocks(text, limit)))
     assert "".join(part for part, _ in parts) == text
     assert [end for _, end in parts] == [False] * (len(parts) - 1) + [True]
     assert all(len(part) <= limit for part, _ in parts)
@@ -135,7 +136,7 @@ def test_files_are_read_in_parts(tmp_path_factory, text, limit, fraction):
     for name in ("a.txt", "b.txt"):
         (folder / name).write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "PIECE", limit)
+        patch.setattr(sources, "PIECE", limit)
         named = list(Files([str(folder / "a.txt")], val=[str(folder / "b.txt")]).pieces({}))
         cut = list(Files([str(folder / "a.txt")], val_fraction=fraction).pieces({}))
     assert "".join(piece.text for piece in cut) == text
@@ -207,7 +208,7 @@ def test_other_tokenizers(jsonl, tmp_path):
         meta = read_meta(out)
         assert meta and (meta.dtype, meta.tokenizer, meta.eot) == ("uint32", "tokenizer.json", 0)
         read = Corpus.open(out, "train", block_size=8, vocab_size=meta.vocab_size)
-        drawn = [text for i, text in enumerate(DOCUMENTS) if texts._draw(i) >= 0.1]
+        drawn = [text for i, text in enumerate(DOCUMENTS) if sources._draw(i) >= 0.1]
         loop = [i for text in drawn for i in [*bpe.encode(text).ids, 0]]
         assert read.read(np.array([0]), len(read))[0].tolist() == loop
         assert (out / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
@@ -251,11 +252,11 @@ def test_killed_at_ten_random_points(gpt2_files, tmp_path):
     """Each run is killed (no signal handler runs) and the next goes on; finished shards stay as they are."""
     documents = DOCUMENTS * 8
     big = write_jsonl(tmp_path / "big.jsonl", documents)
-    drawn = [texts._draw(i) < 0.01 for i in range(len(documents))]
+    drawn = [sources._draw(i) < 0.01 for i in range(len(documents))]
     out, seen, rng = tmp_path / "out", {}, random.Random(1)
     kills = 0
     while kills < 10:
-        began, shards = time.time(), len(list(out.glob("*.bin")))
+        began, finished = time.time(), len(list(out.glob("*.bin")))
         child = start(big, out, workers=1 + kills % 2)
         while child.poll() is None and not at_work(out, began):
             time.sleep(0.005)
@@ -266,10 +267,10 @@ def test_killed_at_ten_random_points(gpt2_files, tmp_path):
         child.communicate()
         for path in out.glob("*.bin"):
             state = (path.stat().st_ino, path.stat().st_mtime_ns)
-            recorded = (out / corpus.PROGRESS).read_text() if (out / corpus.PROGRESS).exists() else ""
+            recorded = (out / shards.PROGRESS).read_text() if (out / shards.PROGRESS).exists() else ""
             if path.name in recorded:
                 assert seen.setdefault(path.name, state) == state
-        assert len(list(out.glob("*.bin"))) >= shards
+        assert len(list(out.glob("*.bin"))) >= finished
         if (out / "meta.json").exists():  # finished before the kills were used up: begin again
             for path in out.iterdir():
                 path.unlink()
@@ -319,7 +320,7 @@ def test_a_full_disk(jsonl, expected, tmp_path):
 FAST = """
 import numpy as np
 from jaxgpt.corpus import shards
-corpus._encode = lambda pieces: np.zeros(sum(len(piece.text) for piece in pieces) // 4, "<u2")
+shards._encode = lambda pieces: np.zeros(sum(len(piece.text) for piece in pieces) // 4, "<u2")
 """
 
 
@@ -396,7 +397,7 @@ def complaint_about(path: Path, content: bytes, **how) -> str:
 
 
 def test_bad_input_is_located(gpt2_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "PIECE", 1000)
+    monkeypatch.setattr(sources, "PIECE", 1000)
     good = "Müller\n".encode() * 1000
     assert "byte 7,000 is not UTF-8" in complaint_about(tmp_path / "a.txt", good[:7000] + b"\xff" + good[7000:])
     assert "byte 7,993 is not UTF-8" in complaint_about(tmp_path / "a.txt", good[:7994] + b"x")

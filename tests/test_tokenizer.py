@@ -1,9 +1,12 @@
 """Round trips, streams that never break a character, and metas that are whole, refused or absent."""
 
+import dataclasses
+import functools
 import json
 import os
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -13,16 +16,23 @@ from hypothesis import strategies as st
 from jaxgpt import UserError
 from jaxgpt.tokenizer import (
     GPT2_FILES,
+    GPT2_IDENTITY,
+    PROGRESS,
     CharTokenizer,
     GPT2Tokenizer,
     JsonTokenizer,
     Meta,
     Stream,
+    byte_level,
+    check_same_language,
+    corpus_meta,
     gpt2,
     gpt2_cache_name,
+    identity_of,
     load_tokenizer,
     meta_for,
     read_meta,
+    token_bytes,
     write_meta,
 )
 
@@ -33,17 +43,62 @@ PROSE = "First Citizen:\nBefore we proceed any further, “we'll” naïve 日�
 @pytest.fixture(scope="module")
 def json_file(tmp_path_factory):
     """A byte-level BPE trained here, with an end-of-text token."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>", "<doc>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([PROSE] * 20, trainer)
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    bpe.save(str(path))
+    path.write_text(made("byte-level", special=("<|endoftext|>", "<doc>")).to_str(), encoding="utf-8")
     return path
+
+
+KINDS = ("byte-level", "metaspace", "llama", "wordlevel", "unigram", "wordpiece")
+
+
+@functools.cache
+def made(kind: str, size: int = 300, special: tuple[str, ...] = ("<|endoftext|>", "<unk>")) -> tokenizers.Tokenizer:
+    """A tokenizer of the `tokenizers` library, trained on PROSE."""
+    models, pre, decoders, trainers = (
+        getattr(tokenizers, name) for name in ("models", "pre_tokenizers", "decoders", "trainers")
+    )
+    how = {"special_tokens": list(special), "show_progress": False, "vocab_size": size}
+    byte_names = [f"<0x{i:02X}>" for i in range(256)]
+    if kind == "byte-level":
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=pre.ByteLevel.alphabet(), **how)
+    elif kind == "metaspace":
+        bpe = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        bpe.pre_tokenizer, bpe.decoder = pre.Metaspace(), decoders.Metaspace()
+        trainer = trainers.BpeTrainer(**how)
+    elif kind == "llama":
+        bpe = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        normalizers = tokenizers.normalizers
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence(parts)
+        how["special_tokens"] = [*special, *byte_names]
+        trainer = trainers.BpeTrainer(**how)
+    elif kind == "wordlevel":
+        bpe = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+        bpe.pre_tokenizer = pre.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(**how)
+    elif kind == "unigram":
+        bpe = tokenizers.Tokenizer(models.Unigram())
+        bpe.pre_tokenizer, bpe.decoder = pre.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **how)
+    else:
+        bpe = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+        bpe.pre_tokenizer, bpe.decoder = pre.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(**how)
+    bpe.train_from_iterator([PROSE.replace("<|endoftext|>", "")] * 20, trainer)
+    if kind == "llama":  # the bytes are no special tokens
+        content = json.loads(bpe.to_str())
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in byte_names]
+        bpe = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return bpe
+
+
+def loaded(folder: Path, content: dict | str, name: str = "tokenizer.json", **how) -> JsonTokenizer:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=3), encoding="utf-8")
+    return JsonTokenizer(path, **how)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +203,122 @@ def test_gpt2_without_its_files_fails_fast(gpt2_files, tmp_path, monkeypatch):
     assert len(GPT2_FILES) == len(os.listdir(gpt2_files))
 
 
+# ---- Identity: equal exactly when ids mean the same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identity_is_what_ids_mean_and_not_what_the_file_says(kind, tmp_path):
+    """Truncation, padding, a post-processor, other merges: the same. Any two ids exchanged, one renamed: another."""
+    content = json.loads(made(kind).to_str())
+    ours = loaded(tmp_path, content)
+    trainer = {"truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    template = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    more = made(kind).from_str(json.dumps(content))
+    more.post_processor = template
+    same = [content | trainer, content | {"padding": pad | {"pad_token": "<unk>"}}, json.loads(more.to_str())]
+    for changed in same:
+        theirs = loaded(tmp_path, changed, "same.json")
+        assert theirs.identity == ours.identity and theirs.encode("proceed any") == ours.encode("proceed any")
+
+    tokens = [made(kind).id_to_token(i) for i in range(ours.vocab_size)]
+    for i, j in ((2, 3), (5, ours.vocab_size - 1)):
+        exchanged = dict(zip([tokens[i], tokens[j]], [tokens[j], tokens[i]], strict=True))
+        theirs = loaded(tmp_path, renamed(content, exchanged), "other.json")
+        assert theirs.vocab_size == ours.vocab_size and theirs.identity != ours.identity
+    assert loaded(tmp_path, renamed(content, {tokens[9]: "Ġnew"}), "other.json").identity != ours.identity
+
+
+def renamed(content: dict, names: dict[str, str]) -> dict:
+    """The tokenizer with other names for some tokens of its vocabulary, without merges."""
+    model = dict(content["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = []
+    return content | {"model": model}
+
+
+@given(st.permutations("abcé語"), st.permutations("abcé語"), st.integers(0, 3))
+def test_identity_of_characters(ours, theirs, padding):
+    identity = CharTokenizer(ours).identity
+    assert (CharTokenizer(theirs).identity == identity) == (ours == theirs)
+    assert CharTokenizer([*ours, *[""] * padding]).identity == identity
+    assert CharTokenizer(ours[:-1]).identity != identity != CharTokenizer(["x", *ours]).identity
+
+
+def test_one_vocabulary_in_several_forms(gpt2_files, tmp_path):
+    """GPT-2 by tiktoken, as a constant and as a tokenizer.json; characters, and the WordLevel that exports them."""
+    vocab = json.loads((gpt2_files / gpt2_cache_name("encoder.json")).read_text())
+    merges = (gpt2_files / gpt2_cache_name("vocab.bpe")).read_text().splitlines()[1:]
+    bpe = tokenizers.ByteLevelBPETokenizer(vocab, [tuple(line.split()) for line in merges if line])
+    bpe.add_special_tokens(["<|endoftext|>"])
+    theirs = loaded(tmp_path, bpe.to_str())
+    assert gpt2().identity == theirs.identity == GPT2_IDENTITY == Meta(50304).identity
+    by_id = sorted(vocab, key=vocab.__getitem__)
+    assert identity_of([byte_level(token) for token in by_id]) == GPT2_IDENTITY  # from vocab.json alone
+
+    characters = CharTokenizer("\n abé語")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(characters.itos)}, "a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    words.decoder = tokenizers.decoders.Fuse()
+    assert loaded(tmp_path, words.to_str()).identity == characters.identity
+
+
+def test_corpora_of_other_tokens_are_told_apart(tmp_path, caplog):
+    ours = meta_for(CharTokenizer("\n abc"), "char")
+    padded = dataclasses.replace(ours, vocab_size=128)
+    for model in (ours, padded):
+        check_same_language(model, ours, "data")
+        for theirs in (meta_for(CharTokenizer("\n ABC"), "char"), Meta(5, "tokenizer.json", identity="x"), Meta(50257)):
+            with pytest.raises(UserError, match="train a new model on it"):
+                check_same_language(model, theirs, "data")
+    with pytest.raises(
+        UserError, match="data has 6 characters, the model 5 characters: id 2 is 'A' here and 'a' there"
+    ):
+        check_same_language(ours, meta_for(CharTokenizer("\n Aabc"), "char"), "data")
+    a, b = (Meta(280, "tokenizer.json", identity=name * 64, eot=0) for name in "ab")
+    with pytest.raises(UserError, match=r"280 tokens of a tokenizer.json \(bbbbbbbb\), the run .* \(aaaaaaaa\)"):
+        check_same_language(a, b, "data", "the run")
+    with pytest.raises(UserError, match="documents end with token 3 in data, with 0 in the model"):
+        check_same_language(a, dataclasses.replace(a, eot=3), "data")
+    check_same_language(a, dataclasses.replace(a, eot=None), "data")
+    assert not caplog.records
+    check_same_language(a, Meta(280, "none"), "data")
+    assert "nothing says which tokenizer made the tokens of data" in caplog.text
+    with pytest.raises(UserError, match="data has a vocabulary of 281, the model one of 280"):
+        check_same_language(a, Meta(281, "none"), "data")
+
+
+def test_older_folders_get_their_identity_from_the_file(json_file, tmp_path):
+    """And a tokenizer.json that was exchanged is found out."""
+    (tmp_path / "tokenizer.json").write_bytes(json_file.read_bytes())
+    write_meta(tmp_path, Meta(300, "tokenizer.json", eot=0))
+    meta = read_meta(tmp_path)
+    assert meta and meta.identity == JsonTokenizer(json_file).identity
+    write_meta(tmp_path, meta)
+    assert json.loads((tmp_path / "meta.json").read_text())["identity"] == meta.identity
+    assert load_tokenizer(meta, tmp_path).vocab_size == 300
+    loaded(tmp_path, renamed(json.loads(json_file.read_text()), {"a": "Ġ€€"}))
+    with pytest.raises(UserError, match="is not the tokenizer that made the tokens"):
+        load_tokenizer(meta, tmp_path)
+
+
+def test_bytes_of_each_token(gpt2_files, json_file, tmp_path):
+    """The text of ids is as long as their bytes add up to; special tokens count nothing."""
+    for tokenizer in (gpt2(), JsonTokenizer(json_file), CharTokenizer(sorted(set(PROSE)))):
+        counts = token_bytes(tokenizer)
+        assert counts is not None and len(counts) == tokenizer.vocab_size
+        assert counts[tokenizer.encode(PROSE)].sum() == len(PROSE.encode())
+        assert [i for i in range(tokenizer.vocab_size) if not counts[i]] == sorted(tokenizer.special_ids())
+    for kind in ("metaspace", "llama", "wordlevel", "unigram", "wordpiece"):
+        assert token_bytes(loaded(tmp_path, made(kind).to_str())) is None
+
+
 # ---- meta.json and meta.pkl
 
 
@@ -176,6 +347,41 @@ def test_nanogpt_meta_is_read(tmp_path):
         meta = read_meta(tmp_path)
         assert meta == Meta(len(chars), "char", itos=chars)
         assert load_tokenizer(meta, tmp_path).decode(range(len(chars))) == "".join(chars)
+
+
+def test_nanogpt_meta_with_other_contents(tmp_path):
+    """What nanoGPT's train.py takes: a size alone, a padded size, words, gaps, things that are no text."""
+    chars, words = dict(enumerate("abc")), {0: "word ", 1: "word", 2: "s", 3: "\n"}
+    for content, expected in (
+        ({"vocab_size": 50}, Meta(50, "none")),
+        ({"vocab_size": 64, "itos": chars, "stoi": {}}, Meta(64, "char", itos=["a", "b", "c"])),
+        ({"vocab_size": 3, "itos": ["a", "b", "c"]}, Meta(3, "char", itos=["a", "b", "c"])),
+        ({"vocab_size": 4, "itos": words}, Meta(4, "words", itos=list(words.values()))),
+        ({"vocab_size": 4, "itos": {0: "a", 2: "b"}}, Meta(4, "words", itos=["a", "", "b"])),
+        ({"vocab_size": 2, "itos": {0: 440.0, 1: 466.2}}, Meta(2, "none")),
+    ):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+        assert (meta := read_meta(tmp_path)) == expected
+        if meta and meta.tokenizer == "none":
+            with pytest.raises(UserError, match="came without a tokenizer"):
+                load_tokenizer(meta, tmp_path)
+    tokenizer = CharTokenizer(list(words.values()))
+    assert tokenizer.encode("wordsword \n") == [1, 2, 0, 3] and tokenizer.decode([1, 2, 0, 3]) == "wordsword \n"
+    with pytest.raises(UserError, match="lacks '-' *"):
+        tokenizer.encode("word-")
+    for content in ({"vocab_size": 2, "itos": chars}, {"vocab_size": "2"}, {"itos": chars}, ["vocab_size"]):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match="meta.pkl is damaged"):
+            read_meta(tmp_path)
+
+
+def test_half_made_corpora_are_no_gpt2_corpora(tmp_path):
+    assert corpus_meta(tmp_path) == Meta(50257, eot=50256) and corpus_meta(tmp_path, 300) == Meta(300, "none")
+    (tmp_path / PROGRESS).write_text("{}")
+    with pytest.raises(UserError, match="is half made"):
+        corpus_meta(tmp_path)
+    write_meta(tmp_path, Meta(50257))  # written before progress.json goes
+    assert corpus_meta(tmp_path) == Meta(50257)
 
 
 class Hostile:
@@ -215,7 +421,7 @@ def test_damaged_meta_is_a_user_error(tmp_path_factory, junk, place, name):
     "change",
     [
         {"vocab_size": True},
-        {"vocab_size": 4},
+        {"vocab_size": 2},
         {"vocab_size": 0},
         {"dtype": "float32"},
         {"tokenizer": "../tokenizer.json"},

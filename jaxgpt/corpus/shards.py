@@ -30,9 +30,8 @@ from tqdm import tqdm
 
 from jaxgpt import UserError, atomic_write
 from jaxgpt.corpus.sources import PIECE, Piece, Source
-from jaxgpt.tokenizer import JsonTokenizer, Tokenizer, gpt2, meta_for, read_meta, token_dtype, write_meta
+from jaxgpt.tokenizer import PROGRESS, JsonTokenizer, Tokenizer, gpt2, meta_for, read_meta, token_dtype, write_meta
 
-PROGRESS = "progress.json"  # in the corpus's folder: the finished shards, as long as there is no meta.json
 Tokens = Integer[np.ndarray, " n"]
 # Of a shard: "file", "tokens", "sha256", and "next", where the one after it begins: the number of a piece, and how many
 # tokens after that piece's first
