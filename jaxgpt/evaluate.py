@@ -3,16 +3,21 @@
 `python -m jaxgpt.evaluate --out_dir=out --tasks=val,hellaswag=FILE` or `--init_from=gpt2 --data_dir=data/openwebtext`.
 """
 
+import contextlib
+import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from jaxgpt import UserError
+import jax
+
+from jaxgpt import UserError, atomic_write
 from jaxgpt.config import Parser, run_main
 from jaxgpt.run.processes import Processes
 from jaxgpt.scoring.scorer import Scorer
-from jaxgpt.scoring.tasks import METRICS, load_task, open_validation, parse_tasks
+from jaxgpt.scoring.tasks import METRICS, Task, load_task, open_validation, parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.weights.opening import add_model_arguments, model_arguments, open_model
+from jaxgpt.weights.opening import OpenedModel, add_model_arguments, model_arguments, open_model
 
 
 def main(argv: Sequence[str]) -> None:
@@ -22,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data_dir", help="where val.bin is; default: the run's")
     parser.add_argument("--block_size", type=int, help="length of `val`'s windows; default: the model's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--per_token", type=Path, metavar="FILE", help="write every scored token and its loss: a JSON "
+                        "object for each row of a task, with task, row, tokens, text and loss (nats)")  # fmt: skip
     args = parser.parse(argv)
     files = parse_tasks(args.tasks, also=["val"])
     if not files or files.get("val"):
@@ -35,14 +42,33 @@ def main(argv: Sequence[str]) -> None:
             for name, file in files.items()
         ]
         scorer, results = Scorer(model.config, mesh), {}
+        params = model.params
+        if not args.json:
+            print(model.source if model.step is None else f"{model.source}, step {model.step}", flush=True)
         for task in tasks:
-            results |= {f"{task.name}_{key}": value for key, value in task.run(scorer, model.params).items()}
+            scores = {f"{task.name}_{key}": value for key, value in task.run(scorer, params).items()}
+            for name, value in {} if args.json else scores.items():
+                print(f"  {name:<20}{value:>12.4f}  {METRICS[name]}", flush=True)
+            results |= scores
         if args.json:
             print(json.dumps({"model": model.source, "step": model.step, **results}))
-            return
-        print(model.source if model.step is None else f"{model.source}, step {model.step}")
-        for name, value in results.items():
-            print(f"  {name:<20}{value:>12.4f}  {METRICS[name]}")
+        if args.per_token:
+            write_losses(args.per_token, tasks, scorer, model)
+
+
+def write_losses(path: Path, tasks: Sequence[Task], scorer: Scorer, model: OpenedModel) -> None:
+    """Each scored token's loss. Every process computes them; the first writes."""
+    decode = functools.cache(lambda token: model.tokenizer.decode([token]))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(atomic_write(path)) if jax.process_index() == 0 else None
+        for task in tasks:
+            losses = scorer.per_token(model.params, task.rows, label=f"{task.name}, tokens")
+            for i, (row, of_row) in enumerate(zip(task.rows, losses, strict=True)):
+                tokens = row.tokens[len(row.tokens) - len(of_row) :].tolist()
+                rounded = [round(float(loss), 6) for loss in of_row]
+                record = {"task": task.name, "row": i, "tokens": tokens, "text": [decode(token) for token in tokens]}
+                if file:
+                    file.write(json.dumps(record | {"loss": rounded}, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

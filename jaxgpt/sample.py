@@ -1,9 +1,17 @@
-"""Sample from a model: `python -m jaxgpt.sample --out_dir=out` (the default) or `--init_from=gpt2`."""
+"""Sample from a model: `python -m jaxgpt.sample --out_dir=out` (the default) or `--init_from=gpt2`.
 
+--interactive asks for prompts; --prompts=FILE takes one a line (- reads stdin); --jsonl reads and writes JSON lines.
+"""
+
+import argparse
+import contextlib
 import itertools
+import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,71 +20,127 @@ from jaxtyping import Int
 from jaxgpt import UserError
 from jaxgpt.config import Parser, integer, run_main
 from jaxgpt.decoding import Generator, Sampling
+from jaxgpt.models import Params
 from jaxgpt.run.processes import Processes
+from jaxgpt.scoring.scorer import Row, Scorer
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import random_key
 from jaxgpt.tokenizer import Stream, Tokenizer
-from jaxgpt.weights.opening import add_model_arguments, model_arguments, open_model
+from jaxgpt.weights.opening import OpenedModel, add_model_arguments, model_arguments, open_model
 
 SEPARATOR = "---------------"  # nanoGPT's, after each sample
+SEEDS = 2**32
+
+Chunks = Iterator[Int[np.ndarray, "B n"]]  # tokens of B samples, as they are made
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m jaxgpt.sample", description=__doc__)
-    add_model_arguments(parser)
-    parser.add_argument("--start", default="\n", help="the prompt, or FILE:path of a file that holds it")
-    parser.add_argument("--num_samples", type=integer, default=10, help="samples to draw")
-    parser.add_argument("--max_new_tokens", type=integer, default=500, help="tokens in each")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=integer, default=200, help="draw from the k likeliest alone; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest with this probability in all")
-    parser.add_argument("--seed", type=integer, default=1337)
-    parser.add_argument("--stop", default="", help="text that ends a sample, such as '<|endoftext|>'; not printed")
-    args = parser.parse(argv)
+    args = parse(argv)
     # everything a user can get wrong comes before the weights are read
-    for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"{name}={getattr(args, name)} must be at least {least}")
-    if args.seed >= 2**32:
-        raise UserError(f"seed={args.seed} must be below 2^32")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    start = read_start(args.start)
+    records = read_prompts(args)
     configure_jax()
     with Processes():
+        if args.interactive and jax.process_count() > 1:
+            raise UserError("--interactive is for one process; start it without the launcher")
         mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         out_dir = args.out_dir or (None if args.init_from else "out")
         model = open_model(out_dir, mesh=mesh, **model_arguments(args))
-        tokenizer = model.tokenizer
-        prompt = tokenizer.encode(start, special=True)
-        if not prompt or max(prompt) >= model.config.vocab_size:
-            raise UserError(
-                f"start={start!r} has no tokens of the model's {model.config.vocab_size}; give another prompt"
-            )
-        generator = Generator(model.config, model.params, vocab_size=tokenizer.vocab_size)
-        key = random_key(args.seed, "sample")
-        chunks = generator(prompt, args.max_new_tokens, key=key, num_samples=args.num_samples, sampling=sampling)
-        write_samples(chunks, tokenizer, tokenizer.decode(prompt), args.num_samples, args.stop)
+        prompts = [encode(model, record["prompt"]) for record in records]
+        generator = Generator(model.config, model.params, vocab_size=model.tokenizer.vocab_size)
+
+        def generate(prompt: list[int], seed: int) -> Chunks:
+            key = random_key(seed, "sample")
+            return generator(prompt, args.max_new_tokens, key=key, num_samples=args.num_samples, sampling=sampling)
+
+        seeds = ((args.seed + i) % SEEDS for i in itertools.count())  # another for each prompt
+        if args.interactive:
+            converse(model, generate, seeds, args.num_samples, args.stop)
+            return
+        scorer = Scorer(model.config, mesh)
+        for record, prompt, seed in zip(records, prompts, seeds, strict=False):
+            chunks = generate(prompt, seed)
+            if args.jsonl:
+                write_records(chunks, model, scorer, record, prompt, seed, args.stop)
+            else:
+                write_samples(chunks, model.tokenizer, model.tokenizer.decode(prompt), args.num_samples, args.stop)
 
 
-def read_start(start: str) -> str:
-    """The prompt that --start means. Raises UserError if it is empty or its file cannot be read."""
-    if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m jaxgpt.sample", description=__doc__)
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--start", default="\n", help="the prompt, or FILE:path of a file that holds it; default: a line break")
+    add("--prompts", metavar="FILE", help="a file of prompts, one a line, or - for stdin; with --jsonl a JSON object "
+        'a line, {"prompt": …}, whose other fields are handed through')  # fmt: skip
+    add("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
+    add("--jsonl", action="store_true", help="write a JSON object for each sample: prompt, text, tokens, logprobs (of "
+        "the tokens, in nats, under the model itself: temperature 1, all tokens), seed, sample")  # fmt: skip
+    add("--num_samples", type=integer, help="samples to draw; default: 10, of each of several prompts 1")
+    add("--max_new_tokens", type=integer, default=500, help="tokens in each")
+    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    add("--top_k", type=integer, default=200, help="draw from the k likeliest alone; 0: from all")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest with this probability in all")
+    add("--seed", type=integer, default=1337, help="of the first prompt; the next ones count up from it")
+    add("--stop", default="", help="text that ends a sample, such as '<|endoftext|>'; not printed")
+    args = parser.parse(argv)
+    if args.num_samples is None:
+        args.num_samples = 1 if args.prompts or args.interactive else 10
+    for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"{name}={getattr(args, name)} must be at least {least}")
+    if args.seed >= SEEDS:
+        raise UserError(f"seed={args.seed} must be below 2^32")
+    if args.interactive and (args.prompts or args.jsonl):
+        raise UserError("--interactive asks for the prompts; leave out --prompts and --jsonl")
+    return args
+
+
+def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Objects with a `prompt`, none of it empty. Raises UserError where --start or --prompts name none."""
+    if args.interactive:
+        return []
+    if not args.prompts:
+        start = args.start
+        start = read_text(start.removeprefix("FILE:"), "--start=FILE:path") if start.startswith("FILE:") else start
+        if not start:
+            raise UserError(r"the prompt is empty; give --start some text (by default a line break)")
+        return [{"prompt": start}]
+    records = []
+    for number, line in enumerate(read_text(args.prompts, "--prompts=FILE").splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
-            start = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text; convert it") from None
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            why = getattr(error, "strerror", error)
-            raise UserError(f"cannot read {str(path)!r}: {why}; check --start=FILE:path") from None
-    if not start:
-        raise UserError(r"the prompt is empty; give --start some text (by default a line break)")
-    return start
+            record = json.loads(line) if args.jsonl else {"prompt": line}
+            if not isinstance(record["prompt"], str) or not record["prompt"]:
+                raise ValueError
+        except (ValueError, TypeError, LookupError):
+            raise UserError(f'{args.prompts}: line {number} is not {{"prompt": "some text", …}}') from None
+        records.append(record)
+    if not records:
+        raise UserError(f"{args.prompts} holds no prompts; write one a line")
+    return records
 
 
-def write_samples(
-    chunks: Iterator[Int[np.ndarray, "B n"]], tokenizer: Tokenizer, start: str, num_samples: int, stop: str
-) -> None:
+def read_text(name: str, argument: str) -> str:
+    """A file's text, or stdin's for `-`. Raises UserError if there is none."""
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8 text; convert it") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"cannot read {name!r}: {getattr(error, 'strerror', error)}; check {argument}") from None
+
+
+def encode(model: OpenedModel, prompt: str) -> list[int]:
+    """Its tokens. Raises UserError if there are none of the model's."""
+    tokens = model.tokenizer.encode(prompt, special=True)
+    if not tokens or max(tokens) >= model.config.vocab_size:
+        raise UserError(f"start={prompt!r} has no tokens of the model's {model.config.vocab_size}; give another prompt")
+    return tokens
+
+
+def write_samples(chunks: Chunks, tokenizer: Tokenizer, start: str, num_samples: int, stop: str) -> None:
     """Prints samples, the first one not finished as it is made: the others grow beside it and appear in their turn."""
     texts, current = [Stream(tokenizer, stop) for _ in range(num_samples)], 0
     waiting = [start] * num_samples  # what is not shown yet of each
@@ -94,6 +158,96 @@ def write_samples(
         sys.stdout.flush()
         if current == num_samples:
             break
+
+
+def write_records(
+    chunks: Chunks,
+    model: OpenedModel,
+    scorer: Scorer,
+    record: dict[str, Any],
+    prompt: list[int],
+    seed: int,
+    stop: str,
+) -> None:
+    """Prints one JSON object for each sample: the record's fields and what was made of its prompt."""
+    rows = np.concatenate(list(chunks), axis=1).tolist()
+    texts, rows = zip(*(cut(model.tokenizer, row, stop) for row in rows), strict=True)
+    logprobs = log_probabilities(scorer, model.params, prompt, rows)
+    for i, (text, tokens, of_tokens) in enumerate(zip(texts, rows, logprobs, strict=True)):
+        made = {"text": text, "tokens": tokens, "logprobs": of_tokens, "seed": seed, "sample": i}
+        print(json.dumps(record | made, ensure_ascii=False), flush=True)
+
+
+def cut(tokenizer: Tokenizer, tokens: list[int], stop: str) -> tuple[str, list[int]]:
+    """The text before `stop`, and the tokens up to the one that completes it."""
+    text = tokenizer.decode(tokens)
+    if not stop or stop not in text:
+        return text, tokens
+    needed = next(n for n in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
+    return text.partition(stop)[0], tokens[:needed]
+
+
+def log_probabilities(
+    scorer: Scorer, params: Params, prompt: list[int], rows: Sequence[list[int]]
+) -> list[list[float]]:
+    """The natural logarithm of each token's probability after the prompt and the tokens before it.
+
+    From the model itself, whatever temperature, top_k and top_p drew them, and seeing what the generator saw: the last
+    block_size tokens.
+    """
+    block_size = scorer.config.block_size
+    prompt = prompt[-block_size:]
+    parts, of = [], []  # of: the sample that each part belongs to
+    for i, row in enumerate(rows):
+        tokens = np.array(prompt + row, np.int32)
+        parts.append(Row(tokens[: block_size + 1], len(prompt)))
+        parts += [Row(tokens[end - block_size : end + 1], block_size) for end in range(block_size + 1, len(tokens))]
+        of += [i] * (len(parts) - len(of))
+    logprobs: list[list[float]] = [[] for _ in rows]
+    for i, losses in zip(of, scorer.per_token(params, parts), strict=True):
+        logprobs[i] += [round(-float(loss), 6) for loss in losses]
+    return logprobs
+
+
+def converse(
+    model: OpenedModel, generate: Callable[[list[int], int], Chunks], seeds: Iterator[int], num_samples: int, stop: str
+) -> None:
+    """Asks for prompts until stdin ends, and prints what follows each as it is made."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then has a history, and keys that move and delete
+    print(f"{model.source}: type a prompt (an empty one is a line break); Ctrl-C stops a text, Ctrl-D ends")
+    while True:
+        try:
+            prompt = input("> ") or "\n"
+            tokens = encode(model, prompt)
+        except UserError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends")
+        except EOFError:
+            print()
+            return
+        else:
+            with stoppable() as stopped:
+                chunks = itertools.takewhile(lambda _: not stopped(), generate(tokens, next(seeds)))
+                write_samples(chunks, model.tokenizer, "", num_samples, stop)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """A context whose value says whether Ctrl-C was pressed in it; pressed twice, it raises KeyboardInterrupt."""
+    pressed = []
+
+    def handle(*_: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from jaxgpt import UserError, evaluate
 from jaxgpt.config import default_config, save_config
 from jaxgpt.data import Corpus
-from jaxgpt.models.gpt2 import GPTConfig, bind, init_params
+from jaxgpt.models import bind, init_params
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.scoring import scorer as scoring
+from jaxgpt.scoring import tasks
 from jaxgpt.scoring.scorer import Row, Scorer
 from jaxgpt.scoring.tasks import load_task
 from jaxgpt.sharding import AXES, make_mesh
@@ -116,7 +119,7 @@ def test_validation_loss_equals_transformers(trained, scorer, kind):
     assert expected < 0.7 * math.log(384), "it has learnt something"
     model = trained.open(kind)
     corpus = Corpus.open(trained.corpus, "val", block_size=1, vocab_size=384)
-    result = evaluate.validation(corpus, BLOCK).run(scorer, model.params)
+    result = tasks.validation(corpus, BLOCK).run(scorer, model.params)
     assert result["loss"] == pytest.approx(expected, abs=1e-4)
     assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
 
@@ -145,8 +148,8 @@ def test_the_logits_made_in_parts_give_what_all_at_once_give(trained, model, mon
     whole = logits(model, tokens[:, :-1])
     expected = -jnp.take_along_axis(jax.nn.log_softmax(whole), tokens[:, 1:, None], -1)[..., 0]
     for limit in (2**28, 4 * 384 * 16, 1):
-        monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", limit)
-        losses, likeliest = jax.jit(lambda p, x: evaluate.score_tokens(model.config, p, x))(model.params, tokens)
+        monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", limit)
+        losses, likeliest = jax.jit(lambda p, x: scoring.score_tokens(model.config, p, x))(model.params, tokens)
         np.testing.assert_allclose(losses, expected, atol=2e-6)
         np.testing.assert_array_equal(likeliest, whole.argmax(-1) == tokens[:, 1:])
 
@@ -365,10 +368,20 @@ def test_command_prints_a_table_or_json(trained, hellaswag_records, tmp_path, ca
     argv = [f"--init_from={source}", f"--tasks=val,hellaswag={items}", f"--data_dir={trained.corpus}"]
     evaluate.main([*argv, "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result.keys() == {"model", "step", "val_loss", "val_ppl"} | {k for k in evaluate.METRICS if "hella" in k}
+    assert result.keys() == {"model", "step", "val_loss", "val_ppl"} | {k for k in tasks.METRICS if "hella" in k}
     evaluate.main(argv)
     table = capsys.readouterr().out
     assert source in table and f"{result['val_loss']:.4f}" in table
+    evaluate.main([*argv, f"--per_token={tmp_path}/losses.jsonl"])
+    rows = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    of = {task: [row for row in rows if row["task"] == task] for task in ("val", "hellaswag")}
+    assert (len(of["val"]), len(of["hellaswag"])) == (-(-(len(trained.held_out) - 1) // BLOCK), 8 * 4)
+    assert np.concatenate([row["tokens"] for row in of["val"]]).tolist() == trained.held_out[1:].tolist()
+    assert np.concatenate([row["loss"] for row in of["val"]]).mean() == pytest.approx(result["val_loss"], abs=1e-5)
+    assert of["val"][3]["loss"] == pytest.approx(
+        trained.losses(trained.held_out[3 * BLOCK : 4 * BLOCK + 1])[0], abs=1e-4
+    )
+    assert "".join(of["val"][0]["text"]) == trained.bpe.decode(trained.held_out[1 : BLOCK + 1].tolist())
     # two processes of two devices each: the same to the bit, and the first alone prints
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHON": sys.executable}
     both = [ROOT / "scripts" / "launch_local", "2", "jaxgpt.evaluate", *argv, "--json"]
@@ -400,7 +413,7 @@ def test_a_mixtures_validation_asks_which_corpus(trained, monkeypatch):
     monkeypatch.setattr(model, "weights", None)
     model.run_config.dataset = "a:0.7,b:0.3"
     with pytest.raises(UserError, match="was trained on several: add --data_dir"):
-        evaluate.open_validation(model, None)
+        tasks.open_validation(model, None)
 
 
 @settings(max_examples=30, deadline=None)
@@ -408,6 +421,6 @@ def test_a_mixtures_validation_asks_which_corpus(trained, monkeypatch):
 def test_windows_predict_every_token_but_the_first_once(tmp_path_factory, n, block):
     folder = tmp_path_factory.mktemp("corpus")
     np.arange(n, dtype=np.uint16).tofile(folder / "val.bin")
-    rows = evaluate.validation(Corpus.open(folder, "val", block_size=1, vocab_size=400), block).rows
+    rows = tasks.validation(Corpus.open(folder, "val", block_size=1, vocab_size=400), block).rows
     assert [t for row in rows for t in row.tokens[row.first :]] == list(range(1, n))
     assert all(len(row.tokens) <= block + 1 for row in rows)

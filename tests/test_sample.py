@@ -1,17 +1,23 @@
 """The command: what it prints and when, and one line for each of its user's mistakes."""
 
+import io
+import json
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxgpt import sample
+from jaxgpt import UserError, sample
 from jaxgpt.config import run_main, save_config
-from jaxgpt.models.gpt2 import GPTConfig, init_params
+from jaxgpt.models import bind, init_params
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sample import SEPARATOR, write_samples
+from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import CharTokenizer, meta_for, write_meta
+from jaxgpt.weights.opening import open_model
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=27)
 
@@ -66,6 +72,84 @@ def test_text_appears_as_it_is_made(capsys):
     assert [*shown, capsys.readouterr().out] == ["c", "aaa", f"aa\n{SEPARATOR}\ncbbbbb\n{SEPARATOR}\n"]
 
 
+def test_prompts_from_a_file_and_from_stdin(run, capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("hello\n\nbye\n")
+    text = output(capsys, run, f"--prompts={tmp_path}/prompts.txt")
+    first, second, rest = text.split(f"\n{SEPARATOR}\n")
+    assert first.startswith("hello") and second.startswith("bye") and rest == ""
+    # the second prompt's seed is the next one
+    assert output(capsys, run, "--start=bye", "--num_samples=1", "--seed=1338") == f"{second}\n{SEPARATOR}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\nbye\n")))
+    assert output(capsys, run, "--prompts=-") == text
+
+
+def test_json_lines_in_and_out(run, capsys, tmp_path):
+    """Text and tokens are those of the plain form; log-probabilities are the model's, also past block_size."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello", "id": 7}\n{"prompt": "a"}\n')
+    arguments = [f"--prompts={tmp_path}/in.jsonl", "--jsonl", "--num_samples=2"]
+    rows = [json.loads(line) for line in output(capsys, run, *arguments).splitlines()]
+    assert [(row["prompt"], row["sample"], row["seed"]) for row in rows] == [
+        ("hello", 0, 1337), ("hello", 1, 1337), ("a", 0, 1338), ("a", 1, 1338)
+    ]  # fmt: skip
+    assert [row.get("id") for row in rows] == [7, 7, None, None]
+    plain = output(capsys, run, "--start=hello", "--num_samples=2").split(f"\n{SEPARATOR}\n")
+    assert plain == ["hello" + rows[0]["text"], "hello" + rows[1]["text"], ""]
+
+    model = open_model(str(run), mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    tokens = model.tokenizer.encode("hello") + rows[0]["tokens"]
+    assert model.tokenizer.decode(tokens) == plain[0]
+    for i, logprob in enumerate(rows[0]["logprobs"], start=5):
+        seen = jax.numpy.array([tokens[max(0, i - MODEL.block_size) : i]], "int32")
+        logits = bind(model.config, model.params)(seen)[0][0, -1, :27]
+        assert logprob == pytest.approx(np.asarray(jax.nn.log_softmax(logits))[tokens[i]], abs=2e-5)
+
+    stop = rows[0]["text"][20:22]
+    (row, *_) = [json.loads(line) for line in output(capsys, run, *arguments, f"--stop={stop}").splitlines()]
+    made = row["text"] + stop
+    assert row["tokens"] == rows[0]["tokens"][: len(made)] == model.tokenizer.encode(made)
+    assert row["logprobs"] == pytest.approx(rows[0]["logprobs"][: len(made)], abs=2e-5)
+
+
+def test_interactive(run, capsys, monkeypatch):
+    """Each prompt is answered as --start would be; a mistake or Ctrl-C does not end the program, Ctrl-D does."""
+    lines = iter(["hello", "Hé", KeyboardInterrupt(), "", "bye"])
+
+    def answer(shown):
+        line = next(lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    text = output(capsys, run, "--interactive")
+    for prompt, seed in ("hello", 1337), ("bye", 1338):
+        expected = output(capsys, run, f"--start={prompt}", "--num_samples=1", f"--seed={seed}")
+        assert expected.removeprefix(prompt) in text
+    assert "error: the vocabulary lacks 'Hé'" in text and "Ctrl-D ends" in text
+    assert "error: the vocabulary lacks '\\n'" in text  # what an empty prompt means
+
+
+def test_ctrl_c_stops_a_text_and_not_the_program(run, capsys, monkeypatch):
+    lines = iter(["hello", "bye"])
+    monkeypatch.setattr("builtins.input", lambda shown: next(lines))
+    model = open_model(str(run), mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+
+    def generate(prompt, seed):
+        for i in range(100):
+            if i == 3 and seed == 0:
+                signal.raise_signal(signal.SIGINT)
+            if i == 5 and seed == 1:  # twice: the program
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            yield np.array([[i % 26]])
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        sample.converse(model, generate, iter([0, 1]), 1, "")
+    assert f"abc\n{SEPARATOR}\nabcde" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -84,13 +168,26 @@ def test_text_appears_as_it_is_made(capsys):
         (["--start=a", "--seed=-1"], "seed=-1 must be at least 0"),
         (["--start=a", "--checkpoint=newest"], "--checkpoint=newest is not best"),
         (["--start=a", "--init_from=gpt2"], "name one model"),
+        (["--prompts=nowhere.txt"], "cannot read 'nowhere.txt': No such file"),
+        (["--prompts=PROMPTS"], "holds no prompts"),
+        (["--prompts=PROMPTS", "--jsonl", "--start=a"], "holds no prompts"),
+        (["--interactive", "--jsonl"], "leave out --prompts and --jsonl"),
         (["--start=a", "--tempurature=1"], "did you mean --temperature"),
     ],
 )
-def test_mistakes_are_one_line(run, capsys, monkeypatch, arguments, complaint):
+def test_mistakes_are_one_line(run, capsys, monkeypatch, tmp_path, arguments, complaint):
+    (tmp_path / "empty.txt").write_text("\n")
+    arguments = [argument.replace("PROMPTS", f"{tmp_path}/empty.txt") for argument in arguments]
     monkeypatch.setattr("sys.argv", ["sample", f"--out_dir={run}", *arguments])
     with pytest.raises(SystemExit) as exit:
         run_main(sample.main)
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and complaint in err
+
+
+@pytest.mark.parametrize("line", ["hello", "3", '"hello"', "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt": "a"'])
+def test_what_is_no_prompt_is_one_line(run, tmp_path, line):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(UserError, match="in.jsonl: line 2 is not"):
+        sample.main([f"--out_dir={run}", f"--prompts={tmp_path}/in.jsonl", "--jsonl"])

@@ -44,30 +44,53 @@ class Scorer:
         cpu = mesh.devices.flat[0].platform == "cpu"
         self.tokens_per_device = tokens_per_device or (4096 if cpu else 65536)
 
+        def losses(params: Params, batch: tuple[Int[Array, "B T1"], Bool[Array, "B T"]]):
+            return score_tokens(config, params, batch[0])
+
         def score(params: Params, batch: tuple[Int[Array, "B T1"], Bool[Array, "B T"]]) -> Scores:
-            tokens, scored = batch
-            losses, likeliest = score_tokens(config, params, tokens)
+            (losses, likeliest), scored = score_tokens(config, params, batch[0]), batch[1]
             return Scores(jnp.where(scored, losses, 0).sum(1), scored.sum(1), (likeliest | ~scored).all(1))
 
         by_role = roles(config, abstract_params(config))
-        score = with_whole_params(score, by_role, mesh, config.dtype, P(BATCH_AXES), P(BATCH_AXES))
-        self._score = jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+        self._losses, self._score = (
+            jax.jit(
+                with_whole_params(of_batch, by_role, mesh, config.dtype, P(BATCH_AXES), P(BATCH_AXES)),
+                out_shardings=NamedSharding(mesh, P()),
+            )
+            for of_batch in (losses, score)
+        )
 
     def __call__(
         self, params: Params, rows: Sequence[Row], *, label: str = "", check: Callable[[], None] = lambda: None
     ) -> Scores:
         """label: of a progress bar, where there is a terminal; none if empty. check: called before each batch."""
-        batches, results = self._batches(rows), []
-        hidden = True if not label or jax.process_index() else None  # None: shown on a terminal
-        for indices, size, length in tqdm(batches, desc=label, disable=hidden, dynamic_ncols=True):
-            check()
-            results.append(self._score(params, self._padded([rows[i] for i in indices], size, length)))
-            jax.block_until_ready(results[-2:-1])  # the host prepares one batch while the device computes another
         scores = Scores(np.zeros(len(rows)), np.zeros(len(rows), int), np.zeros(len(rows), bool))
-        for (indices, _, _), result in zip(batches, jax.device_get(results), strict=True):
+        for indices, result in self._run(self._score, params, rows, label, check):
             for of_all, of_batch in zip(scores, result, strict=True):
                 of_all[indices] = of_batch[: len(indices)]
         return scores
+
+    def per_token(self, params: Params, rows: Sequence[Row], *, label: str = "") -> list[Float[np.ndarray, " n"]]:
+        """The loss in nats of each row's scored tokens, of those kept of it."""
+        losses: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+        for indices, (of_batch, _) in self._run(self._losses, params, rows, label, lambda: None):
+            for i, of_row in zip(indices, of_batch, strict=False):
+                first, end = scored_span(rows[i], of_row.shape[0])
+                losses[i] = of_row[first:end]
+        return losses
+
+    def _run(self, of_batch: Callable, params: Params, rows: Sequence[Row], label: str, check: Callable[[], None]):
+        """Yields the indices of each batch's rows and what `of_batch` says of them."""
+        batches, pending = self._batches(rows), None
+        hidden = True if not label or jax.process_index() else None  # None: shown on a terminal
+        for indices, size, length in tqdm(batches, desc=label, disable=hidden, dynamic_ncols=True):
+            check()
+            result = of_batch(params, self._padded([rows[i] for i in indices], size, length))
+            if pending:  # the host prepares one batch while the device computes another
+                yield pending[0], jax.device_get(pending[1])
+            pending = indices, result
+        if pending:
+            yield pending[0], jax.device_get(pending[1])
 
     def _batches(self, rows: Sequence[Row]) -> list[tuple[list[int], int, int]]:
         """Indices of up to `size` rows of similar length, `size`, and the length that they are padded to."""
@@ -87,12 +110,17 @@ class Scorer:
         """The rows' tokens on the devices, and which of all but the first are scored."""
         tokens, scored = np.zeros((size, length + 1), np.int32), np.zeros((size, length), bool)
         for i, row in enumerate(rows):
-            kept = row.tokens[-length - 1 :]
-            first = row.first - (len(row.tokens) - len(kept))
+            kept, (first, end) = row.tokens[-length - 1 :], scored_span(row, length)
             tokens[i, : len(kept)] = kept
-            scored[i, max(first, 1) - 1 : len(kept) - 1] = True
+            scored[i, first:end] = True
         x, y = (jax.make_array_from_callback(x.shape, self.sharding, x.__getitem__) for x in (tokens, scored))
         return x, y
+
+
+def scored_span(row: Row, length: int) -> tuple[int, int]:
+    """Which of `length` predictions, of all tokens kept but the first, are the row's scored ones: from, to."""
+    kept = min(len(row.tokens), length + 1)
+    return max(row.first - (len(row.tokens) - kept), 1) - 1, kept - 1
 
 
 LOGITS_AT_ONCE = 2**28  # a float32 GiB
