@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class UserError(Exception):
@@ -24,6 +24,19 @@ def optional(module: str, package: str, purpose: Any) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{purpose} needs {module.partition('.')[0]}; run: pip install '{package}'") from None
+
+
+def shipped(pattern: str) -> dict[str, Path]:
+    """Where files of configs/ and data/ are, by name: `shipped("configs/*.py")["configs/gpt2.py"]`.
+
+    In the working folder; if one is not there, in the checkout; if there is none, in the wheel, which carries them.
+    """
+    package = Path(__file__).parent
+    found: dict[str, Path] = {}
+    for root in (Path(), package.parent, package / "presets"):
+        for path in sorted(root.glob(pattern)):
+            found.setdefault(path.relative_to(root).as_posix(), path)
+    return found
 
 
 @contextlib.contextmanager

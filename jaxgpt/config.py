@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write
+from jaxgpt import UserError, atomic_write, shipped
 from jaxgpt.keys import check, key, keys, take
 from jaxgpt.models import ModelConfig, find_model
 from jaxgpt.ops import fp8
@@ -224,11 +224,12 @@ PRESET_ERRORS = (
 def load_preset(spec: str) -> ConfigDict:
     """The preset in a file, `configs/gpt2.py` or `configs/gpt2.py:gpt2-xl`. Raises UserError if there is no such."""
     path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none"
-        raise UserError(f"no preset file {path}; those in configs/: {found}")
+    presets = shipped("configs/*.py")
+    file = presets.get(path, Path(path))
+    if not file.is_file():
+        raise UserError(f"no preset file {path}; there are {', '.join(presets)}")
     try:
-        get_config = runpy.run_path(path).get("get_config") if path.endswith(".py") else None
+        get_config = runpy.run_path(str(file)).get("get_config") if path.endswith(".py") else None
         if get_config is None:
             raise UserError(f"{path} is not a Python file (.py) with get_config(), as presets are")
         config = get_config(argument) if argument else get_config()

@@ -123,7 +123,7 @@ def test_a_mistake_in_a_preset_is_one_line(tmp_path, body, message):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("configs/gpt3.py", "no preset file configs/gpt3.py; those in configs/: configs"),
+        ("configs/gpt3.py", "no preset file configs/gpt3.py; there are configs"),
         ("configs", "no preset file configs"),
         ("configs/gpt2.py:gpt2-huge", "gpt2 has no size 'gpt2-huge'; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
         ("pyproject.toml", "pyproject.toml is not a Python file"),
