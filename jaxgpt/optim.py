@@ -185,12 +185,12 @@ def make_optimizer(
     def init(params) -> OptimizerState:
         return OptimizerState(jnp.zeros(()), {name: rule.init(params) for name, rule in rules.items()})
 
-    def update(grads, state: OptimizerState, params=None, *, step, **extra):
-        norm = optax.tree.norm(grads)
-        updates, _ = clip.update(grads, optax.EmptyState())
+    def update(updates, state: Any, params: Any = None, **extra):
+        step, norm = extra["step"], optax.tree.norm(updates)
+        updates, _ = clip.update(updates, optax.EmptyState())
         states = {}
         for name, rule in rules.items():  # each changes its own group's leaves alone
-            updates, states[name] = rule.update(updates, state.groups[name], params, step=step, mesh=mesh, **extra)
+            updates, states[name] = rule.update(updates, state.groups[name], params, mesh=mesh, **extra)
         rates = {name: rate(group, step) for name, group in groups.items()}
         return jax.tree.map(lambda name, u: rates[name] * u, labels, updates), OptimizerState(norm, states)
 
@@ -225,16 +225,16 @@ def scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformationExtraA
     def init(params) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state: MuonState, params=None, *, step, mesh=None, **_):
-        part = jnp.minimum(1.0, (step + 1) / max(1, config.momentum_warmup_iters))
+    def update(updates, state: Any, params: Any = None, **extra):
+        part = jnp.minimum(1.0, (extra["step"] + 1) / max(1, config.momentum_warmup_iters))
         decay = FIRST_MOMENTUM + part * (config.momentum - FIRST_MOMENTUM)
 
         def mix(grad, momentum):
             return grad + decay * (momentum - grad)
 
-        momentum = jax.tree.map(mix, grads, state.momentum)
-        leaves, structure = jax.tree.flatten(jax.tree.map(mix, grads, momentum))
-        return jax.tree.unflatten(structure, orthogonalize_all(leaves, mesh)), MuonState(momentum)
+        momentum = jax.tree.map(mix, updates, state.momentum)
+        leaves, structure = jax.tree.flatten(jax.tree.map(mix, updates, momentum))
+        return jax.tree.unflatten(structure, orthogonalize_all(leaves, extra.get("mesh"))), MuonState(momentum)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -254,7 +254,7 @@ def orthogonalize_all(kernels: list[Array], mesh: Mesh | None = None) -> list[Ar
     Matrices of one shape, or of its transpose, go through together. Over a mesh each device takes its share of them:
     the result is gathered, where whole kernels lie, or sent to whom its parts belong to.
     """
-    batches: dict[tuple[int, int], list[tuple[int, Array]]] = {}
+    batches: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
     for i, x in enumerate(kernels):
         matrices = jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[-1]), 1, 0)
         matrices = matrices if x.shape[0] <= x.shape[-1] else matrices.mT
@@ -285,7 +285,7 @@ def _orthogonalize_batch(x: Float[Array, "K M N"], mesh: Mesh | None) -> Float[A
 
 def orthogonalize(x: Float[Array, "*K M N"]) -> Float[Array, "*K M N"]:
     """Nearly U·Vᵀ of x = U·S·Vᵀ, M ≤ N, in x's dtype: matrix products alone, by which its singular values go to 1."""
-    size = jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+    size = jnp.linalg.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(-2, -1), keepdims=True)
     x = x / (1.02 * size + 1e-6).astype(x.dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
