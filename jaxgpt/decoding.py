@@ -17,7 +17,6 @@ from jaxtyping import Array, Int, UInt
 from jaxgpt import UserError
 from jaxgpt.models import KVCache, ModelConfig, Params, abstract_params, bind, cast_params, roles
 from jaxgpt.ops.choose import Rule, choose
-from jaxgpt.ops.decode import attend, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Sampling:
 class Generator:
     """A model ready to generate: its weights cast to the compute dtype and laid out for decoding, once.
 
-    vocab_size: ids from here on are never chosen; by default the model's. config.kernels decodes with the GPU kernels
-    of ops/decode.py, which need all parameters on one device.
+    vocab_size: ids from here on are never chosen; by default the model's. config.kernels: what the model takes from
+    jaxgpt/ops runs in the kernels of ops/decode.py where they support it; all parameters must be on one device.
     """
 
     def __init__(self, config: ModelConfig, params: Params, *, vocab_size: int | None = None):
@@ -102,7 +101,7 @@ class Generator:
 
 
 def _prepare(config: ModelConfig, params: Params) -> Params:
-    """The weights in the compute dtype, as the forward pass would cast them; for the kernels also transposed."""
+    """The weights in the compute dtype, as the forward pass would cast them; for the kernels matrices lie (out, in)."""
 
     def prepare(role, x):
         return x.reshape(x.shape[0], -1).T if config.kernels and role.group == "matrix" else x
@@ -112,11 +111,12 @@ def _prepare(config: ModelConfig, params: Params) -> Params:
 
 def _model(config: ModelConfig, weights: Params):
     """The module over prepared weights."""
+    abstract = abstract_params(config)
 
-    def restore(like, x):
-        return x if x.shape == like.shape else x.T.reshape(like.shape)
+    def restore(role, like, x):
+        return x.T.reshape(like.shape) if config.kernels and role.group == "matrix" else x
 
-    return bind(config, jax.tree.map(restore, abstract_params(config), weights))
+    return bind(config, jax.tree.map(restore, roles(config, abstract), abstract, weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -128,54 +128,24 @@ def _prefill(config, rule, weights, prompt: Int[Array, "1 T"], length, seeds: UI
     logits = jnp.repeat(model.logits(jax.lax.dynamic_slice_in_dim(x, length - 1, 1)), batch, axis=0)
     cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0) if x.ndim else x, cache)._replace(length=length)
     out = jnp.zeros((batch, 2), jnp.int32)
-    out = choose(logits, seeds, length, knobs, rule, out=out, column=jnp.int32(0), kernel=config.kernels)
+    out = choose(logits, seeds, length, knobs, rule, out=out, column=jnp.int32(0), kernels=config.kernels)
     return out[:, 1:], cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(config, rule, steps: int, weights, cache: KVCache, last: Int[Array, " B"], seeds, knobs):
     """`steps` tokens that follow `last`, (B, steps), and the cache."""
+    model = _model(config, weights)
 
     def step(i, carry):
         out, cache = carry
         position = cache.length + 1
-        if (
-            config.kernels and config.doc_mask < 0 and len(last) <= 64 and config.file.name == "gpt2"
-        ):  # more rows fill the GPU without them
-            logits, cache = _fused(config, weights, out[:, i], cache)
-        else:
-            logits, cache = _model(config, weights)(out[:, i, None], cache=cache)
-            logits = logits[:, 0]
-        return choose(logits, seeds, position, knobs, rule, out=out, column=i, kernel=config.kernels), cache
+        x, cache = model.hidden(out[:, i, None], cache=cache)
+        return choose(model.logits(x), seeds, position, knobs, rule, out=out, column=i, kernels=config.kernels), cache
 
     out = jnp.zeros((last.shape[0], steps + 1), jnp.int32).at[:, 0].set(last)
     out, cache = jax.lax.fori_loop(0, steps, step, (out, cache))
     return out[:, 1:], cache
-
-
-def _fused(config: ModelConfig, weights: Params, tokens: Int[Array, " B"], cache: KVCache):
-    """What the model does for one token a row, by the kernels of ops/decode.py: logits (B, V) and the cache."""
-
-    def norm(ln):
-        return ln["scale"], ln.get("bias")
-
-    def affine(x, layer, **options):
-        bias = layer["bias"].reshape(-1) if config.bias else None
-        return linear(x, layer["kernel"], bias, **options)
-
-    x = weights["wte"]["embedding"][tokens] + weights["wpe"]["embedding"][cache.length]
-    keys, values = [], []
-    for i in range(config.n_layer):
-        block = weights["h"][i]
-        qkv = affine(x, block["attn"]["c_attn"], norm=norm(block["ln_1"]))
-        y, k, v = attend(qkv, cache.k[i], cache.v[i], cache.length)
-        x = affine(y, block["attn"]["c_proj"], residual=x)
-        y = affine(x, block["mlp"]["c_fc"], norm=norm(block["ln_2"]), activation=True)
-        x = affine(y, block["mlp"]["c_proj"], residual=x)
-        keys.append(k)
-        values.append(v)
-    logits = linear(x, weights["wte"]["embedding"], norm=norm(weights["ln_f"]), dtype=jnp.float32)
-    return logits, KVCache(tuple(keys), tuple(values), None, cache.length + 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -187,7 +157,7 @@ def _slide(config, rule, steps: int, weights, window: Int[Array, "B S"], positio
         out, window = carry
         x, _ = model.hidden(window)
         logits = model.logits(x.reshape(*window.shape, -1)[:, -1])
-        out = choose(logits, seeds, position + i, knobs, rule, out=out, column=i, kernel=config.kernels)
+        out = choose(logits, seeds, position + i, knobs, rule, out=out, column=i, kernels=config.kernels)
         new = jax.lax.dynamic_slice_in_dim(out, i + 1, 1, axis=1)
         return out, jnp.concatenate([window[:, 1:], new], axis=1)
 

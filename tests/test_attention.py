@@ -19,7 +19,7 @@ NO_DROPOUT = 1e-12  # rounds to none, but takes the same way through the code
 
 
 def op(rate, kernel, seed):
-    return functools.partial(attention, implementation="xla", rate=rate, seed=jnp.uint32(seed), kernel=kernel)
+    return functools.partial(attention, implementation="xla", rate=rate, seed=jnp.uint32(seed), kernels=kernel)
 
 
 def torch_attention(q, k, v, keep, rate):
@@ -96,7 +96,7 @@ def test_attention_kernel_in_a_shard_map(mesh):
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 64), ("bfloat16", 128), ("float16", 16), ("float32", 64)])
 def test_attention_lowers_for_cuda(dtype, size):
     def f(q, k, v, seed):
-        dropping = functools.partial(attention, implementation="cudnn", rate=0.2, seed=seed, kernel=True)
+        dropping = functools.partial(attention, implementation="cudnn", rate=0.2, seed=seed, kernels=True)
         y, vjp = jax.vjp(dropping, q, k, v)
         return vjp(y)
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from jaxgpt.ops import choose as module
 from jaxgpt.ops.choose import Rule, choose
 
-jitted = jax.jit(choose, static_argnames=("rule", "kernel"))
+jitted = jax.jit(choose, static_argnames=("rule", "kernels"))
 
 
-def draw(logits, rule, *, temperature=1.0, top_k=0, top_p=1.0, position=7, first_seed=0, kernel=False):
+def draw(logits, rule, *, temperature=1.0, top_k=0, top_p=1.0, position=7, first_seed=0, kernels=False):
     """One token for each row, its seed the row's number."""
     batch = logits.shape[0]
     knobs = jnp.array([temperature, top_k, top_p], jnp.float32)
@@ -25,7 +25,7 @@ def draw(logits, rule, *, temperature=1.0, top_k=0, top_p=1.0, position=7, first
         rule=rule,
         out=jnp.full((batch, 3), -1, jnp.int32),
         column=jnp.int32(0),
-        kernel=kernel,
+        kernels=kernels,
     )
     assert (np.asarray(out)[:, [0, 2]] == -1).all()  # only the column asked for was written
     return np.asarray(out[:, 1])
@@ -84,7 +84,7 @@ def test_only_what_the_cuts_keep(values, scale, top_k, top_p, temperature):
 def test_kernel_is_its_twin(rule):
     logits = np.random.default_rng(0).normal(size=(5, 384)) * 3
     logits[:, 300:] = 100.0  # the padding, which must never be chosen
-    got, want = (draw(logits, rule, temperature=0.7, top_k=40, top_p=0.9, kernel=kernel) for kernel in (True, False))
+    got, want = (draw(logits, rule, temperature=0.7, top_k=40, top_p=0.9, kernels=kernels) for kernels in (True, False))
     assert (got == want).all() and (want < rule.vocab_size).all()
     if rule.greedy:
         assert (want == logits[:, :300].argmax(1)).all()
@@ -110,8 +110,8 @@ def test_top_k_of_a_large_vocabulary_is_its_twin(top_k, monkeypatch):
     knobs, out = jnp.array([0.9, top_k, 1.0], jnp.float32), jnp.zeros((4, 2), jnp.int32)
     rows, seeds, column = jnp.asarray(logits), jnp.arange(4, dtype=jnp.uint32), jnp.int32(0)
     both = [
-        jax.jit(lambda p, kernel=kernel: choose(rows, seeds, p, knobs, rule, out=out, column=column, kernel=kernel))
-        for kernel in (True, False)
+        jax.jit(lambda p, kernels=kernels: choose(rows, seeds, p, knobs, rule, out=out, column=column, kernels=kernels))
+        for kernels in (True, False)
     ]
     for position in range(8):
         got, want = (np.asarray(draw(jnp.int32(position)))[:, 1] for draw in both)

@@ -10,7 +10,8 @@ import pytest
 from jaxgpt import UserError
 from jaxgpt import decoding as generate
 from jaxgpt.decoding import Generator, Sampling
-from jaxgpt.models.gpt2 import GPTConfig, KVCache, abstract_params, bind
+from jaxgpt.models import abstract_params, bind
+from jaxgpt.models.gpt2 import GPTConfig
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = GPTConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -73,7 +74,7 @@ def test_logits_with_and_without_a_cache(doc_mask):
     want = jax.jit(lambda tokens: model(tokens)[0])(tokens)
     cached = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
     for at_once in (1, 7):
-        logits, cache = cached(tokens[:, :at_once], KVCache.empty(config, 3, 12))
+        logits, cache = cached(tokens[:, :at_once], config.empty_cache(3, 12))
         parts = [logits]
         for i in range(at_once, 12):
             logits, cache = cached(tokens[:, i : i + 1], cache)

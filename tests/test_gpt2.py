@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import jaxgpt.models.gpt2
 import jaxgpt.ops.attention
 from jaxgpt import UserError
-from jaxgpt.models.gpt2 import GPTConfig, KVCache, abstract_params, bind, count_params, init_params
+from jaxgpt.models import abstract_params, bind, count_params, init_params
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.ops.dropout import dropout, keep_mask
 
 SMALL = GPTConfig(block_size=12, vocab_size=27, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -145,7 +146,7 @@ def test_every_gradient_is_that_of_the_reference(bias):
             want[index] = (losses[0] - losses[1]) / (2 * step)
             checked += 1
         np.testing.assert_allclose(grad, want, atol=2e-6, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
-    assert checked == count_params(params, non_embedding=False) - (128 - 7) * 6
+    assert checked == count_params(config, params, all=True) - (128 - 7) * 6
 
 
 def test_fused_kernels_change_nothing():
@@ -212,10 +213,10 @@ def test_initial_statistics():
 
 def test_parameter_count_is_nanogpts():
     """nanoGPT counts 123.59M for its default GPT-2 of 50,304 ids, 124.44M of GPT-2 being 50,257 ids and biases."""
-    assert count_params(abstract_params(GPTConfig())) == 123_587_328
-    with_bias = abstract_params(GPTConfig(bias=True))
+    assert count_params(GPTConfig(), abstract_params(GPTConfig())) == 123_587_328
+    config = GPTConfig(bias=True)
     padding = (50304 - 50257) * 768
-    assert count_params(with_bias, non_embedding=False) - padding == 124_439_808
+    assert count_params(config, abstract_params(config), all=True) - padding == 124_439_808
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ def test_the_cache_changes_nothing(doc_mask):
     config = replace(SMALL, doc_mask=doc_mask)
     params, tokens = random_params(config), jnp.asarray(PACKED)
     extend = jax.jit(lambda params, tokens, cache: bind(config, params)(tokens, cache=cache))
-    logits, cache = extend(params, tokens[:, :4], KVCache.empty(config, 2, 16))
+    logits, cache = extend(params, tokens[:, :4], config.empty_cache(2, 16))
     pieces = [logits]
     for i in range(4, 12):
         logits, cache = extend(params, tokens[:, i : i + 1], cache)

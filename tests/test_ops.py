@@ -11,9 +11,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.ops.activation import ACTIVATIONS, activate
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
-from jaxgpt.ops.gelu import gelu
-from jaxgpt.ops.layer_norm import add_layer_norm
+from jaxgpt.ops.norm import Norm, add_norm
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 dtypes = st.sampled_from(sorted(TOLERANCE))
@@ -41,18 +41,22 @@ def assert_close(got, want, dtype, scale: float = 1.0):
     vocab_size=st.integers(1, 700),
     padding=st.integers(0, 130),
     chunked=st.booleans(),
+    softcap=st.sampled_from([0.0, 5.0]),
     dtype=dtypes,
-    kernel=st.booleans(),
+    kernels=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 @few
-def test_cross_entropy_against_torch(m, c, vocab_size, padding, chunked, dtype, kernel, seed):
+def test_cross_entropy_against_torch(m, c, vocab_size, padding, chunked, softcap, dtype, kernels, seed):
     x, w = normal(seed, m, c, dtype=dtype), normal(seed + 1, vocab_size + padding, c)
     targets = jnp.asarray(np.random.default_rng(seed).integers(vocab_size, size=m, dtype=np.int32))
-    op = functools.partial(linear_cross_entropy, vocab_size=vocab_size, chunks=m if chunked else 1, kernel=kernel)
+    options = {"vocab_size": vocab_size, "softcap": softcap, "chunks": m if chunked else 1, "kernels": kernels}
+    op = functools.partial(linear_cross_entropy, **options)
     loss, (dx, dw) = jax.jit(jax.value_and_grad(lambda x, w: 3 * op(x, w, targets), (0, 1)))(x, w)
     tx, tw = double(x), double(w.astype(dtype))
-    want = torch.nn.functional.cross_entropy(tx @ tw[:vocab_size].T, torch.tensor(np.asarray(targets, np.int64)))
+    logits = tx @ tw[:vocab_size].T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(targets, np.int64)))
     (3 * want).backward()
     logits_error = 1 if dtype == "float32" else 4  # logits are rounded to dtype
     assert_close(loss, 3 * want.detach(), dtype, logits_error)
@@ -63,83 +67,102 @@ def test_cross_entropy_against_torch(m, c, vocab_size, padding, chunked, dtype, 
     assert not dw[vocab_size:].any()
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-def test_cross_entropy_of_large_logits_is_finite(kernel):
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(("softcap", "want"), [(0.0, 300.0), (30.0, 30.0), (43.0, 43.0)])
+def test_cross_entropy_of_large_logits_is_finite(kernels, softcap, want):
     x, w = jnp.array([[300.0], [-300.0]]), jnp.array([[1.0], [-1.0], [1e6]])
-    loss, grad = jax.value_and_grad(linear_cross_entropy)(x, w, jnp.array([0, 0]), vocab_size=2, kernel=kernel)
-    assert loss == 300.0 and np.isfinite(grad).all()
+    op = functools.partial(linear_cross_entropy, vocab_size=2, softcap=softcap, kernels=kernels)
+    loss, grad = jax.value_and_grad(op)(x, w, jnp.array([0, 0]))
+    np.testing.assert_allclose(loss, want, rtol=1e-4)
+    assert np.isfinite(grad).all()
 
 
 @given(
     m=st.integers(1, 3),
     c=st.integers(1, 90),
-    with_delta=st.booleans(),
+    kind=st.sampled_from(["layer", "rms"]),
+    with_branch=st.booleans(),
+    with_scale=st.booleans(),
     with_bias=st.booleans(),
     dtype=dtypes,
-    kernel=st.booleans(),
+    kernels=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 @few
-def test_add_layer_norm_against_torch(m, c, with_delta, with_bias, dtype, kernel, seed):
+def test_add_norm_against_torch(m, c, kind, with_branch, with_scale, with_bias, dtype, kernels, seed):
     m, c = 4 * m, 7 * c
-    x, delta, dy, dr = (normal(seed + i, m, c, dtype=dtype) for i in range(4))
-    delta = delta if with_delta else None
-    scale, bias = normal(seed, c), normal(seed + 5, c) if with_bias else None
-    outs, vjp = jax.vjp(functools.partial(add_layer_norm, kernel=kernel), x, delta, scale, bias)
+    x, branch, dy, dr = (normal(seed + i, m, c, dtype=dtype) for i in range(4))
+    branch = branch if with_branch else None
+    scale, bias = normal(seed, c) if with_scale else None, normal(seed + 5, c) if with_bias else None
+
+    def op(x, branch, scale, bias):
+        return add_norm(x, branch, Norm(kind, scale, bias), kernels=kernels)
+
+    outs, vjp = jax.vjp(op, x, branch, scale, bias)
     grads = vjp((dr, dy))
-    tx, ts, tb = double(x), double(scale), double(np.zeros(c) if bias is None else bias)
+    tx = double(x)
+    ts, tb = (double(y if y is not None else np.full(c, default)) for y, default in ((scale, 1.0), (bias, 0.0)))
     residual = double(np.asarray(outs[0], np.float64))  # the sum as rounded
-    if with_delta:
-        assert_close(outs[0], (tx + double(delta)).detach(), dtype)
+    if with_branch:
+        assert_close(outs[0], (tx + double(branch)).detach(), dtype)
     else:
         assert (outs[0] == x).all()
-    normed = torch.nn.functional.layer_norm(residual, (c,), ts, tb, 1e-5)
+    if kind == "layer":
+        normed, spread = torch.nn.functional.layer_norm(residual, (c,), ts, tb, 1e-5), residual.var(1, unbiased=False)
+    else:
+        spread = residual.square().mean(1)
+        normed = torch.nn.functional.rms_norm(residual, (c,), ts, 1e-5) + tb
     ((normed * double(dy).detach()).sum() + (residual * double(dr).detach()).sum()).backward()
-    small_variance = 1 + 1 / float(residual.detach().var(1, unbiased=False).min() + 1e-5)
+    small_variance = 1 + 1 / float(spread.detach().min() + 1e-5)
     assert_close(outs[1], normed.detach(), dtype, small_variance)
     assert_close(grads[0], residual.grad, dtype, 2 * small_variance)
-    assert (grads[1] is None) == (delta is None) and (delta is None or (grads[1] == grads[0]).all())
-    assert_close(grads[2], ts.grad, "float32", 4 * small_variance)
+    assert (grads[1] is None) == (branch is None) and (branch is None or (grads[1] == grads[0]).all())
+    assert (grads[2] is None) == (scale is None) and (grads[3] is None) == (bias is None)
+    if with_scale:
+        assert_close(grads[2], ts.grad, "float32", 4 * small_variance)
     assert bias is None or np.allclose(grads[3], tb.grad, atol=1e-4)
-    assert [o.dtype for o in outs] == [dtype, dtype] and grads[0].dtype == dtype and grads[2].dtype == jnp.float32
+    assert [o.dtype for o in outs] == [dtype, dtype] and grads[0].dtype == dtype
+    assert all(g is None or g.dtype == jnp.float32 for g in grads[2:])
 
 
-def test_add_layer_norm_gradient_sums_over_many_rows():
+def test_add_norm_gradient_sums_over_many_rows():
     """More rows than one round of programs holds, not a multiple of what a program takes."""
     m, c = 4 * 512 * 2 + 4, 8
     x, dy = normal(0, m, c), normal(1, m, c)
 
-    def gradients(kernel):
-        vjp = jax.vjp(functools.partial(add_layer_norm, kernel=kernel), x, None, jnp.ones(c), None)[1]
+    def gradients(kernels):
+        vjp = jax.vjp(lambda x, scale: add_norm(x, None, Norm("layer", scale), kernels=kernels), x, jnp.ones(c))[1]
         return vjp((jnp.zeros((m, c)), dy))
 
-    got, want = (jax.jit(gradients, static_argnums=0)(kernel) for kernel in (True, False))
-    assert_close(got[2], want[2], "float32", 4)
+    got, want = (jax.jit(gradients, static_argnums=0)(kernels) for kernels in (True, False))
+    assert_close(got[1], want[1], "float32", 4)
     assert_close(got[0], want[0], "float32")
 
 
 @given(
     size=st.integers(1, 9000),
+    name=st.sampled_from(sorted(ACTIVATIONS)),
     dtype=dtypes,
-    kernel=st.booleans(),
+    kernels=st.booleans(),
     std=st.sampled_from([1.0, 30.0]),
     seed=st.integers(0, 2**32 - 1),
 )
 @few
-def test_gelu_against_torch(size, dtype, kernel, std, seed):
+def test_activations_against_torch(size, name, dtype, kernels, std, seed):
     h, dy = normal(seed, size, dtype=dtype, std=std), normal(seed + 1, size, dtype=dtype)
-    y, vjp = jax.vjp(functools.partial(gelu, kernel=kernel), h)
+    y, vjp = jax.vjp(functools.partial(activate, name=name, kernels=kernels), h)
     th = double(h)
-    want = torch.nn.functional.gelu(th, approximate="tanh")
+    want = torch.nn.functional.gelu(th, approximate="tanh") if name == "gelu" else torch.relu(th).square()
     want.backward(double(dy).detach())
     assert y.dtype == vjp(dy)[0].dtype == dtype
     assert_close(y, want.detach(), dtype, 0.5)
     assert_close(vjp(dy)[0], th.grad, dtype, 0.5)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-def test_gelu_at_the_far_ends(kernel):
-    value, slope = jax.vmap(jax.value_and_grad(lambda h: gelu(h[None], kernel=kernel)[0]))(jnp.array([-1e4, 0.0, 1e4]))
+@pytest.mark.parametrize("kernels", [False, True])
+def test_gelu_at_the_far_ends(kernels):
+    gelu = jax.value_and_grad(lambda h: activate(h[None], "gelu", kernels=kernels)[0])
+    value, slope = jax.vmap(gelu)(jnp.array([-1e4, 0.0, 1e4]))
     assert value.tolist() == [0.0, 0.0, 1e4] and slope.tolist() == [0.0, 0.5, 1.0]
 
 
@@ -156,22 +179,19 @@ def on_cuda(f, *shapes_and_dtypes):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("vocab_size", "padded"), [(65, 128), (50257, 50304)])
 def test_cross_entropy_lowers_for_cuda(dtype, vocab_size, padded):
-    op = functools.partial(linear_cross_entropy, vocab_size=vocab_size, kernel=True)
-    shapes = ((32, 64), dtype), ((padded, 64), jnp.float32), ((32,), jnp.int32)
-    on_cuda(op, *shapes)
-    on_cuda(jax.grad(op, (0, 1)), *shapes)
+    for softcap in (0.0, 15.0):
+        op = functools.partial(linear_cross_entropy, vocab_size=vocab_size, softcap=softcap, kernels=True)
+        shapes = ((32, 64), dtype), ((padded, 64), jnp.float32), ((32,), jnp.int32)
+        on_cuda(op, *shapes)
+        on_cuda(jax.grad(op, (0, 1)), *shapes)
 
 
 @pytest.mark.parametrize("c", [384, 768, 1600])
-@pytest.mark.parametrize("bias", [False, True])
-def test_add_layer_norm_lowers_for_cuda(c, bias):
-    def f(x, delta, scale):
-        op = functools.partial(add_layer_norm, kernel=True)
-        out, vjp = jax.vjp(op, x, delta, scale, scale if bias else None)
+@pytest.mark.parametrize(("kind", "scale", "bias"), [("layer", 1, 0), ("layer", 1, 1), ("rms", 0, 0), ("rms", 1, 0)])
+def test_add_norm_lowers_for_cuda(c, kind, scale, bias):
+    def f(x, branch, vector):
+        norm = vector if scale else None, vector if bias else None
+        out, vjp = jax.vjp(lambda x, b, norm: add_norm(x, b, Norm(kind, *norm), kernels=True), x, branch, norm)
         return out, vjp(out)
 
     on_cuda(f, ((64, c), jnp.bfloat16), ((64, c), jnp.bfloat16), ((c,), jnp.float32))
-
-
-def test_gelu_lowers_for_cuda():
-    on_cuda(jax.vmap(jax.grad(lambda h: gelu(h, kernel=True).sum())), ((64, 3072), jnp.bfloat16))

@@ -14,12 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, pure
-from jaxgpt.ops import fp8
-from jaxgpt.ops.attention import attention
+from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
 from jaxgpt.ops.dropout import dropout
-from jaxgpt.ops.gelu import gelu
-from jaxgpt.ops.layer_norm import add_layer_norm
+from jaxgpt.ops.linear import Fast, add_norm_linear, linear
+from jaxgpt.ops.norm import Norm, add_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +71,16 @@ def _linear(
     return nnx.LinearGeneral(n_in, n_out, use_bias=config.bias, dtype=config.dtype, kernel_init=init, rngs=rngs)
 
 
-@jax.custom_vjp
-def _fan_out(x: Float[Array, "BT C"]):
-    """x three times. Its gradients are added in turn, so that each matrix product adds to the last one's."""
-    return x, x, x
+def _norm(layer: nnx.LayerNorm) -> Norm:
+    return Norm("layer", _value(layer.scale), _value(layer.bias))
 
 
-def _fan_in(_, gradients):
-    total, *others = gradients
-    for gradient in others:
-        total = jax.lax.optimization_barrier(total) + gradient
-    return (total,)
+def _weights(layer: nnx.LinearGeneral):
+    return layer.kernel[...], _value(layer.bias)
 
 
-_fan_out.defvjp(lambda x: ((x, x, x), None), _fan_in)
+def _value(param: nnx.Param | None):
+    return None if param is None else param[...]
 
 
 class Attention(nnx.Module):
@@ -95,43 +90,17 @@ class Attention(nnx.Module):
         self.c_attn = _linear(config, config.n_embd, (3, config.n_embd), 0.02, rngs)
         self.c_proj = _linear(config, config.n_embd, config.n_embd, 0.02 / math.sqrt(2 * config.n_layer), rngs)
 
-    def __call__(self, x: Float[Array, "BT C"], batch: int, *, seed=None, docs=None, cache=None):
-        """Returns the output (B·T, C), and the layer's updated (keys, values) if it was given a cache's."""
+    def __call__(self, x, branch, norm: Norm, batch: int, fast: Fast, *, seed=None, docs=None, cache=None):
+        """x + branch and the output for that, (B·T, C) both; the layer's updated (keys, values) if a cache is given."""
         c = self.config
-        heads = (batch, -1, c.n_head, c.n_embd // c.n_head)
-        kernel, bias = self.c_attn.kernel[...].astype(c.dtype), self.c_attn.bias
-        # three products rather than one: their outputs are what attention takes, where slices would be copies
-        q, k, v = (y @ kernel[:, i] for i, y in enumerate(_fan_out(x)))
-        if bias is not None:
-            q, k, v = (y + bias[i].astype(c.dtype) for i, y in enumerate((q, k, v)))
-        q, k, v = (y.reshape(heads) for y in (q, k, v))
-        if cache is not None:
-            keys, values, length = cache
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
-            y = _cached_attention(q, keys, values, length, docs)
-            return self.c_proj(y.reshape(x.shape)), (keys, values)
-        rate = 0.0 if seed is None else c.dropout
-        y = attention(q, k, v, implementation=c.attention, rate=rate, seed=seed, docs=docs, kernel=c.kernels)
-        return self.c_proj(y.reshape(x.shape)), None
-
-
-def _cached_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
-    length: Int[Array, ""],
-    docs: Int[Array, "B S+1"] | None,
-) -> Float[Array, "B T N H"]:
-    """Causal attention of T new tokens, already written at k, v[:, length : length+T], over all that came before."""
-    t, s = q.shape[1], k.shape[1]
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    visible = jnp.arange(s)[None, :] <= length + jnp.arange(t)[:, None]
-    if docs is not None:
-        own = jax.lax.dynamic_slice_in_dim(docs, length, t, axis=1)
-        visible = visible & (own[:, None, :, None] == docs[:, None, None, :s])
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+        x, qkv = add_norm_linear(x, branch, norm, *_weights(self.c_attn), fast=fast._replace(fp8=False))
+        q, k, v = (y.reshape(batch, -1, c.n_head, c.head_size) for y in qkv)
+        if cache is None:
+            rate, kernels = 0.0 if seed is None else c.dropout, fast.kernels
+            y = attention(q, k, v, implementation=c.attention, rate=rate, seed=seed, docs=docs, kernels=kernels)
+        else:
+            y, cache = cached_attention(q, k, v, cache, docs=docs, kernels=fast.kernels)
+        return x, linear(y.reshape(x.shape), *_weights(self.c_proj), fast=fast._replace(fp8=False)), cache
 
 
 class MLP(nnx.Module):
@@ -140,12 +109,10 @@ class MLP(nnx.Module):
         self.c_fc = _linear(config, config.n_embd, 4 * config.n_embd, 0.02, rngs)
         self.c_proj = _linear(config, 4 * config.n_embd, config.n_embd, 0.02 / math.sqrt(2 * config.n_layer), rngs)
 
-    def __call__(self, x: Float[Array, "BT C"]) -> Float[Array, "BT C"]:
-        if self.config.matmul_dtype == "fp8":
-            b_fc, b_proj = (None if b is None else b[...] for b in (self.c_fc.bias, self.c_proj.bias))
-            y = fp8.mlp(x, self.c_fc.kernel[...], b_fc, self.c_proj.kernel[...], kernel=self.config.kernels)
-            return y if b_proj is None else y + b_proj.astype(y.dtype)
-        return self.c_proj(gelu(self.c_fc(x), kernel=self.config.kernels))
+    def __call__(self, x, branch, norm: Norm, fast: Fast):
+        """x + branch and the output for that, (B·T, C) both."""
+        x, y = add_norm_linear(x, branch, norm, *_weights(self.c_fc), activation="gelu", fast=fast)
+        return x, linear(y, *_weights(self.c_proj), fast=fast)
 
 
 class Block(nnx.Module):
@@ -163,20 +130,14 @@ class Block(nnx.Module):
 
     def __call__(self, x, branch, batch: int, seeds=None, docs=None, cache=None):
         """x, branch: (B·T, C); seeds: 3 dropout seeds or None. Returns the same pair after the block, and the cache."""
-        rate = self.config.dropout
-        x, y = _add_norm(self.ln_1, x, branch, self.config)
-        y, cache = self.attn(y, batch, seed=None if seeds is None else seeds[0], docs=docs, cache=cache)
-        y = y if seeds is None else dropout(y, rate, seeds[1])
-        x, y = _add_norm(self.ln_2, x, y, self.config)
-        y = self.mlp(y)
-        y = y if seeds is None else dropout(y, rate, seeds[2])
+        c = self.config
+        fast = Fast(c.kernels, fp8=c.matmul_dtype == "fp8", decode=cache is not None and len(x) == batch)
+        seed = None if seeds is None else seeds[0]
+        x, y, cache = self.attn(x, branch, _norm(self.ln_1), batch, fast, seed=seed, docs=docs, cache=cache)
+        y = y if seeds is None else dropout(y, c.dropout, seeds[1])
+        x, y = self.mlp(x, y, _norm(self.ln_2), fast)
+        y = y if seeds is None else dropout(y, c.dropout, seeds[2])
         return x, y, cache
-
-
-def _add_norm(norm: nnx.LayerNorm, x, branch, config: GPTConfig):
-    bias = None if norm.bias is None else norm.bias[...]
-    assert norm.scale is not None
-    return add_layer_norm(x, branch, norm.scale[...], bias, kernel=config.kernels)
 
 
 class GPT(nnx.Module):
@@ -225,7 +186,7 @@ class GPT(nnx.Module):
             if new is not None:
                 layers_k.append(new[0])
                 layers_v.append(new[1])
-        x = _add_norm(self.ln_f, x, branch, c)[1]
+        x = add_norm(x, branch, _norm(self.ln_f), kernels=c.kernels)[1]
         if cache is not None:
             cache = KVCache(tuple(layers_k), tuple(layers_v), docs, cache.length + time)
         return x, cache
@@ -239,8 +200,10 @@ class GPT(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows C"]) -> Float[Array, "*rows vocab_size"]:
         """Float32 logits of hidden states, padding cut off."""
-        table = self.wte.embedding[...].astype(self.config.dtype)
-        return jnp.einsum("...c,vc->...v", x, table, preferred_element_type=jnp.float32)[..., : self.config.vocab_size]
+        c, rows = self.config, x.reshape(-1, x.shape[-1])
+        # few rows are a step of decoding
+        options = {"columns": c.vocab_size, "dtype": jnp.float32, "fast": Fast(c.kernels, decode=True)}
+        return linear(rows, self.wte.embedding[...].T, **options).reshape(*x.shape[:-1], -1)
 
     def loss(
         self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], *, seed: UInt[Array, ""] | None = None
@@ -249,5 +212,5 @@ class GPT(nnx.Module):
         x, _ = self.hidden(tokens, seed=seed)
         c = self.config
         table = self.wte.embedding[...]  # float32: its gradient is then not rounded to the computation's dtype
-        fast = {"kernel": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
+        fast = {"kernels": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
         return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, **fast)

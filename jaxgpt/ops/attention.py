@@ -6,53 +6,108 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxgpt.ops import decode
 from jaxgpt.ops.dropout import dropout, keep_at
-from jaxgpt.ops.launch import exp2, launch, load, store
+from jaxgpt.ops.launch import available, exp2, launch, load, store
 from jaxgpt.sharding import split_heads
 
-BLOCK, STEP, NUM_WARPS = 64, 32, 4  # of our kernels: queries (or keys) of a program, keys (or queries) for each turn
+# Of our kernels: queries (or keys) of a program, keys (or queries) for each turn
+BLOCK, STEP, NUM_WARPS = 64, 32, 4
 LOG2_E = math.log2(math.e)
+
+
+def supports(shape: tuple[int, ...], kv_heads: int, dtype: jax.typing.DTypeLike, *, plain_mask: bool = True) -> bool:
+    """Whether our kernel, which drops weights out, covers queries (B, T, N, H) and a mask that is causal alone."""
+    _, t, n, h = shape
+    fits = t % BLOCK == 0 and t <= 1024 and h in (16, 32, 64, 128) and h * jnp.dtype(dtype).itemsize <= 256
+    return fits and n == kv_heads and plain_mask and available()
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     *,
-    implementation: str,
+    implementation: str = "xla",
     rate: float = 0.0,
     seed: UInt[Array, ""] | None = None,
     docs: Int[Array, "B T"] | None = None,
-    kernel: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    kernels: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q·k / sqrt(H)) v, where a token sees itself and what came before it.
+    """softmax(scale q·k) v, where a token sees itself and what came before it. N heads share K of keys and values.
 
     implementation: "cudnn" or "xla". rate: dropout of the attention weights, drawn from `seed`. docs: numbers the
-    documents of each row; a token then sees its own document alone. kernel: drop out in our kernel, shapes allowing.
+    documents of each row; a token then sees its own document alone. window: it sees the last `window` tokens alone,
+    itself included. scale: by default 1 / sqrt(H). kernels: use our dropout kernel if `supports` says so.
     """
     if seed is None:
         rate = 0.0
     if implementation == "cudnn" and rate == 0.0:
         # a mask with is_causal: cuDNN takes it as a bias, at the cost of its memory
         mask = None if docs is None else (docs[:, None, :, None] == docs[:, None, None, :])
-        cudnn = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation="cudnn")
+        # is_causal with a window too, or cuDNN's reads the future
+        options = {"mask": mask, "is_causal": True, "local_window_size": None if window is None else (window - 1, 0)}
+        cudnn = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn", **options)
         return split_heads(cudnn)(q, k, v)
-    if kernel and rate > 0.0 and docs is None and _fits(q):
-        return _fused(q, k, v, seed, rate)
-    return _plain(q, k, v, rate, seed, docs)
-
-
-def _plain(q, k, v, rate, seed, docs):
-    """The twin in plain JAX: scores and softmax in float32, weights in the inputs' dtype."""
+    plain_mask = docs is None and window is None
+    if kernels and rate > 0.0 and supports(q.shape, k.shape[2], q.dtype, plain_mask=plain_mask):
+        return _fused(q, k, v, seed, rate, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     t = q.shape[1]
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    visible = jnp.tril(jnp.ones((t, t), bool))
+    visible = _visible(jnp.arange(t)[:, None], jnp.arange(t)[None, :], window)
     if docs is not None:
         visible = visible & (docs[:, None, :, None] == docs[:, None, None, :])
+    return _plain(q, k, v, visible, scale, rate, seed)
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, ""]],
+    *,
+    docs: Int[Array, "B S1"] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    kernels: bool = False,
+) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]:
+    """Attention of T new tokens over those of the cache and each other, and the cache's (keys, values) with them in.
+
+    cache: keys, values and the number of slots filled, the same for every row. docs: for every slot the number of its
+    document, the new tokens' filled in. kernels: use the one for a single new token if `decode.supports` says so.
+    """
+    keys, values, length = cache
+    t, s = q.shape[1], keys.shape[1]
+    if kernels and t == 1 and docs is None and decode.supports(q.shape[0], q.dtype):
+        new = q[:, 0], k[:, 0], v[:, 0]
+        y, keys, values = decode.attend(*new, keys, values, length, window=window, scale=scale)
+        return y[:, None], (keys, values)
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
+    values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
+    visible = _visible(length + jnp.arange(t)[:, None], jnp.arange(s)[None, :], window)
+    if docs is not None:
+        own = jax.lax.dynamic_slice_in_dim(docs, length, t, axis=1)
+        visible = visible & (own[:, None, :, None] == docs[:, None, None, :s])
+    return _plain(q, keys, values, visible, scale), (keys, values)
+
+
+def _visible(query: Int[Array, "T 1"], key: Int[Array, "1 S"], window: int | None) -> Bool[Array, "T S"]:
+    past = key <= query
+    return past if window is None else past & (key > query - window)
+
+
+def _plain(q, k, v, visible, scale, rate=0.0, seed=None):
+    """The twin in plain JAX: scores and softmax in float32, weights in the inputs' dtype."""
+    shared = q.shape[2] // k.shape[2]
+    if shared > 1:
+        k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1]) if scale is None else scores * scale
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    if rate > 0.0:
+    if rate > 0.0 and seed is not None:
         weights = dropout(weights, rate, seed)
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
@@ -61,25 +116,21 @@ def _plain(q, k, v, rate, seed, docs):
 # of keys at a time, and the backward pass makes them again, from the scores and their saved logsumexp, mask included.
 
 
-def _fits(q) -> bool:
-    t, h = q.shape[1], q.shape[3]
-    return t % BLOCK == 0 and t <= 1024 and h in (16, 32, 64, 128) and h * q.dtype.itemsize <= 256
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(q, k, v, seed, rate: float, scale: float):
+    return _forward(q, k, v, seed, rate, scale)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fused(q, k, v, seed, rate: float):
-    return _forward(q, k, v, seed, rate)[0]
-
-
-def _forward(q, k, v, seed, rate):
-    out, lse = _launch(_attention_forward, q, k, v, seed=seed, rate=rate, outs=(q, None))
+def _forward(q, k, v, seed, rate, scale):
+    out, lse = _launch(_attention_forward, q, k, v, seed=seed, rate=rate, scale=scale, outs=(q, None))
     return out, (q, k, v, out, lse, seed)
 
 
-def _backward(rate, saved, dy):
+def _backward(rate, scale, saved, dy):
     q, k, v, y, lse, seed = saved
-    dq, delta = _launch(_attention_dq, q, k, v, y, dy, lse, seed=seed, rate=rate, outs=(q, None))
-    dk, dv = _launch(_attention_dkv, q, k, v, dy, lse, delta, seed=seed, rate=rate, outs=(k, v))
+    options = {"seed": seed, "rate": rate, "scale": scale}
+    dq, delta = _launch(_attention_dq, q, k, v, y, dy, lse, outs=(q, None), **options)
+    dk, dv = _launch(_attention_dkv, q, k, v, dy, lse, delta, outs=(k, v), **options)
     return dq, dk, dv, None
 
 
@@ -87,14 +138,14 @@ _fused.defvjp(_forward, _backward)
 
 
 # jitted so that a model traces and lowers each once, not once a layer
-@functools.partial(jax.jit, static_argnums=0, static_argnames="rate")
-def _launch(program, q, *arrays, seed, rate, outs):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("rate", "scale"))
+def _launch(program, q, *arrays, seed, rate, scale, outs):
     """program for each block of each head; outs: arrays to shape its outputs like, None for a float32 (B·N, T)."""
     batch, time, heads, _ = q.shape
     outs = [((batch * heads, time), jnp.float32) if out is None else (out.shape, out.dtype) for out in outs]
 
     def kernel(seed_ref, *refs, interpret):
-        program(_Block(q.shape, rate, seed_ref[0], interpret), *refs)
+        program(_Block(q.shape, rate, scale, seed_ref[0], interpret), *refs)
 
     kernel.__name__ = program.__name__  # what profiles show
     grid = batch * heads * (time // BLOCK)
@@ -104,12 +155,12 @@ def _launch(program, q, *arrays, seed, rate, outs):
 class _Block:
     """The part of one head of one row that a program handles, from `start` on, and what it needs of the others."""
 
-    def __init__(self, shape, rate: float, seed, interpret: bool):
-        _, self.time, heads, size = shape
+    def __init__(self, shape, rate: float, scale: float, seed, interpret: bool):
+        _, self.time, heads, _ = shape
         blocks = self.time // BLOCK
         self.pair, self.start = pl.program_id(0) // blocks, pl.program_id(0) % blocks * BLOCK
         self.row, self.head = self.pair // heads, self.pair % heads
-        self.rate, self.seed, self.interpret, self.scale = rate, seed, interpret, 1 / math.sqrt(size)
+        self.rate, self.seed, self.interpret, self.scale = rate, seed, interpret, scale
 
     def load(self, ref, start=None, size: int = BLOCK):
         """`size` rows of this head from `start` on, by default the program's own."""
@@ -129,7 +180,7 @@ class _Block:
         return query >= key, keep_at(index, self.rate, self.seed)
 
     def exp2(self, scores, shift):
-        """exp(scores / sqrt(H)) / 2**shift."""
+        """exp(scale * scores) / 2**shift."""
         return exp2(scores, LOG2_E * self.scale, -shift, self.interpret)
 
 

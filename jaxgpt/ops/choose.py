@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt.ops.dropout import hash_bits
-from jaxgpt.ops.launch import launch, load, store
+from jaxgpt.ops.launch import available, launch, load, store
 
 _COLUMNS, _DEPTH, _WARPS = 2048, 4, 32  # of the top-k kernels below, for vocabularies of 2 _DEPTH _COLUMNS ids and more
 
@@ -36,16 +36,17 @@ def choose(
     *,
     out: Int[Array, "B W"],
     column: Int[Array, ""],
-    kernel: bool = False,
+    kernels: bool = False,
 ) -> Int[Array, "B W"]:
     """`out` with the chosen token of each row in the column after `column`, in place. knobs: temperature, top_k, top_p.
 
     Tokens whose logit equals the smallest one kept are kept too, as in nanoGPT. position: the new token's own.
     """
-    if kernel and rule.top_k and not (rule.greedy or rule.top_p) and rule.vocab_size >= 2 * _DEPTH * _COLUMNS:
+    kernels = kernels and available()
+    if kernels and rule.top_k and not (rule.greedy or rule.top_p) and rule.vocab_size >= 2 * _DEPTH * _COLUMNS:
         return _top_k_kernel(logits, seeds, position, knobs, rule, out, column)
     noise = logits if rule.greedy else _gumbel(seeds, position, logits.shape[1])
-    if kernel:
+    if kernels:
         return _choose_kernel(logits, noise, knobs, rule, out, column)
     x = jnp.where(jnp.arange(logits.shape[1]) < rule.vocab_size, logits, -jnp.inf)
     tokens = jax.vmap(lambda x, noise: _choose_row(x, noise, knobs, rule))(x, noise)

@@ -13,14 +13,15 @@ into NaN, and what is not finite in a gradient goes around the MLP, too, along t
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxgpt.ops.gelu import gelu_gradient, gelu_value
-from jaxgpt.ops.launch import launch, load, sigmoid, store
+from jaxgpt.ops.activation import ACTIVATIONS
+from jaxgpt.ops.launch import available, launch, load, sigmoid, store
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MULTIPLE = 64  # of rows and columns, for the kernel; cuBLAS wants 16
@@ -28,7 +29,7 @@ SAMPLED, HEADROOM = 64, 4.0  # every 64th row, or more where these are fewer tha
 NUM_WARPS = 4
 
 
-def scale_for(x: Float[Array, "M N"], dtype, headroom: float = 1.0) -> Float[Array, ""]:
+def scale_for(x: Float[Array, "M *N"], dtype, headroom: float = 1.0) -> Float[Array, ""]:
     """The largest power of two that leaves x `headroom` times below dtype's top; 0 if x holds an infinity.
 
     Exact, being exponent bits alone: one in 16 values of bfloat16 lies halfway between two of e4m3, and an error in the
@@ -39,13 +40,13 @@ def scale_for(x: Float[Array, "M N"], dtype, headroom: float = 1.0) -> Float[Arr
     return jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
 
 
-def round_to(x: Float[Array, "M N"], scale: Float[Array, ""] | float, dtype) -> Float[Array, "M N"]:
+def round_to(x: Float[Array, "M *N"], scale: Float[Array, ""] | float, dtype) -> Float[Array, "M *N"]:
     """x * scale in an FP8 dtype, saturating."""
     top = float(jnp.finfo(dtype).max)
     return jnp.clip(x.astype(jnp.float32) * scale, -top, top).astype(dtype)
 
 
-def round_weight(w: Float[Array, "K N"]) -> tuple[Float[Array, "K N"], Float[Array, ""]]:
+def round_weight(w: Float[Array, "K *N"]) -> tuple[Float[Array, "K *N"], Float[Array, ""]]:
     """w in e4m3 and the factor that it was multiplied with."""
     scale = scale_for(w, E4M3)
     return round_to(w, scale, E4M3), scale
@@ -56,15 +57,24 @@ def identity(x, _sigmoid=None):
 
 
 def both_orders(
-    function, dtype, *arrays: Float[Array, "M N"], kernel: bool
-) -> tuple[Float[Array, "M N"], Float[Array, "N M"], Float[Array, ""]]:
-    """function(*arrays) in an FP8 dtype, that transposed, and the factor. function takes and gives float32."""
+    function, dtype, *arrays: Float[Array, "M N"], kernel: bool, parts: int = 1
+) -> tuple[Float[Array, "M N2"], Float[Array, "N2 M"], Float[Array, ""]]:
+    """function(*arrays) in an FP8 dtype, that transposed, and the factor. function takes and gives float32.
+
+    parts: function of arrays[0::parts], of arrays[1::parts] and so on, the results beside each other in one matrix.
+    """
+
+    def apply(arrays):
+        arrays = [a.astype(jnp.float32) for a in arrays]
+        results = [function(*arrays[i::parts]) for i in range(parts)]
+        return results[0] if parts == 1 else jnp.concatenate(results, axis=1)
+
     m, n = arrays[0].shape
     step = max(1, min(SAMPLED, m // 1024))
-    scale = scale_for(function(*(a[::step].astype(jnp.float32) for a in arrays)), dtype, HEADROOM)
-    if kernel and fits(m, n, arrays[0].dtype.itemsize):
-        return *_tiles(function, dtype, scale, *arrays), scale
-    q = round_to(function(*(a.astype(jnp.float32) for a in arrays)), scale, dtype)
+    scale = scale_for(apply([a[::step] for a in arrays]), dtype, HEADROOM)
+    if kernel and tiles_support(m, n, arrays[0].dtype, parts):
+        return *_tiles(arrays, scale, function=function, dtype=dtype, parts=parts), scale
+    q = round_to(apply(arrays), scale, dtype)
     q = jax.lax.optimization_barrier(q)  # or function would be computed for each order
     return q, q.T, scale
 
@@ -72,16 +82,20 @@ def both_orders(
 def transpose(x: Float[Array, "M N"], *, kernel: bool) -> Float[Array, "N M"]:
     """x.T as an array of its own."""
     m, n = x.shape
-    return _tiles(identity, x.dtype, None, x)[0] if kernel and fits(m, n, x.dtype.itemsize) else x.T
+    if kernel and tiles_support(m, n, x.dtype):
+        return _tiles((x,), None, function=identity, dtype=x.dtype)[0]
+    return x.T
 
 
-def fits(m: int, n: int, itemsize: int) -> bool:
-    """Whole tiles alone, and Pallas' offsets, in bytes, have 31 bits."""
-    return m % MULTIPLE == n % MULTIPLE == 0 and m * n * itemsize < 2**31
+def tiles_support(m: int, n: int, dtype: jax.typing.DTypeLike, parts: int = 1) -> bool:
+    """Whether the kernel covers (m, n) matrices: whole tiles alone, and Pallas' offsets, in bytes, have 31 bits."""
+    small = m * n * parts * jnp.dtype(dtype).itemsize < 2**31
+    return m % MULTIPLE == n % MULTIPLE == 0 and small and available()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # so that a model traces and lowers it once, not once a layer
-def _tiles(function, dtype, scale, *arrays):
+# jitted so that a model traces and lowers it once, not once a layer
+@functools.partial(jax.jit, static_argnames=("function", "dtype", "parts"))
+def _tiles(arrays, scale, *, function, dtype, parts=1):
     """function(*arrays) * scale and that transposed; with no scale, the (only) array transposed as it is."""
     m, n = arrays[0].shape
     rows, columns = MULTIPLE, math.gcd(n, 128)
@@ -92,17 +106,19 @@ def _tiles(function, dtype, scale, *arrays):
         column = tile % (n // columns) * columns + jnp.arange(columns)[None, :]
         row, column = jnp.broadcast_arrays(row, column)
         blocks = [load(ref.at[row, column]) for ref in refs[: len(arrays)]]
-        q = blocks[0]
-        if scale is not None:
-            y = function(*(b.astype(jnp.float32) for b in blocks), functools.partial(sigmoid, interpret=interpret))
-            # compiled, the cast itself saturates and NaN stays NaN, which the minimum in a kernel would not keep
-            factor = refs[len(arrays)][0]
-            q = round_to(y, factor, dtype) if interpret else (y * factor).astype(dtype)
-            store(refs[-2].at[row, column], q)
-        store(refs[-1].at[column, row], q)
+        for i in range(parts):
+            q, to = blocks[i], column + i * n
+            if scale is not None:
+                inputs = [block.astype(jnp.float32) for block in blocks[i::parts]]
+                y = function(*inputs, functools.partial(sigmoid, interpret=interpret))
+                # compiled, the cast itself saturates and NaN stays NaN, which the minimum in a kernel would not keep
+                factor = refs[len(arrays)][0]
+                q = round_to(y, factor, dtype) if interpret else (y * factor).astype(dtype)
+                store(refs[-2].at[row, to], q)
+            store(refs[-1].at[to, row], q)
 
     kernel.__name__ = "fp8_" + ("transpose" if scale is None else function.__name__)  # what profiles show
-    outs = [((m, n), dtype)] * (scale is not None) + [((n, m), dtype)]
+    outs = [((m, n * parts), dtype)] * (scale is not None) + [((n * parts, m), dtype)]
     args = arrays if scale is None else (*arrays, scale.reshape(1))
     return launch(kernel, *args, out=outs, grid=m * n // (rows * columns), num_warps=NUM_WARPS)
 
@@ -124,45 +140,88 @@ def dot(
     )
 
 
-def mlp(
-    x: Float[Array, "M C"],
-    w_fc: Float[Array, "C F"],
-    b_fc: Float[Array, " F"] | None,
-    w_proj: Float[Array, "F C"],
+class Quantized(NamedTuple):
+    """A matrix in e4m3, as it is and transposed, for the products that take it and for those of their gradients.
+
+    value: the matrix in the computation's dtype, which carries its gradient. XLA computes it only where it is read.
+    """
+
+    value: Float[Array, "M N"]
+    rows: Float[Array, "M N"]
+    columns: Float[Array, "N M"]
+    scale: Float[Array, ""]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def quantize(x: Float[Array, "M N"], kernels: bool) -> Quantized:
+    """x in e4m3, once for all products that take it."""
+    return Quantized(x, *both_orders(identity, E4M3, x, kernel=kernels))
+
+
+quantize.defvjp(lambda x, kernels: (quantize(x, kernels), None), lambda kernels, _, dy: (dy.value,))
+
+
+def supports(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> bool:
+    """Whether (M, K) times (K, *G, N) can be done in FP8: cuBLAS takes multiples of 16."""
+    return all(size % 16 == 0 for size in (*x_shape, w_shape[0], w_shape[-1]))
+
+
+def linear(
+    x: Float[Array, "M K"] | Quantized,
+    w: Float[Array, "K *G N"],
+    b: Float[Array, "*G N"] | None = None,
     *,
-    kernel: bool = False,
-) -> Float[Array, "M C"]:
-    """gelu(x @ w_fc + b_fc) @ w_proj in x's dtype, the two products and the four of its gradient in FP8."""
-    w_fc, w_proj = w_fc.astype(jnp.float32), w_proj.astype(jnp.float32)
-    return _mlp(x, w_fc, None if b_fc is None else b_fc.astype(jnp.float32), w_proj, kernel)
+    activation: str | None = None,
+    kernels: bool = False,
+) -> Any:
+    """activation(x @ w + b), the product and its gradients' two in FP8; a w of (K, G, N) gives G matrices (M, N).
+
+    With an activation (a key of ACTIVATIONS) the result is Quantized: rounded in the pass that activates. The next
+    product's gradient goes through the activation in the pass that rounds it.
+    """
+    x = x if isinstance(x, Quantized) else quantize(x, kernels)
+    w = w.astype(jnp.float32)
+    if activation is None:
+        ys: Any = _linear(x, w, None, None, kernels)
+        biases = [None] * len(ys) if b is None else [b] if w.ndim == 2 else list(b)
+        ys = tuple(y if b is None else y + b.astype(y.dtype) for y, b in zip(ys, biases, strict=True))
+    else:  # the bias is in the same pass as the activation, and its gradient the sum of what that pass gives
+        ys: Any = _linear(x, w, None if b is None else b.astype(jnp.float32), activation, kernels)
+    return ys[0] if w.ndim == 2 else ys
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _mlp(x, w_fc, b_fc, w_proj, kernel: bool):
-    return _forward(x, w_fc, b_fc, w_proj, kernel)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear(x, w, b, activation: str | None, kernels: bool):
+    return _forward(x, w, b, activation, kernels)[0]
 
 
-def _forward(x, w_fc, b_fc, w_proj, kernel):
-    (w1, w1_scale), (w2, w2_scale) = round_weight(w_fc), round_weight(w_proj)
-    xq, xq_t, x_scale = both_orders(identity, E4M3, x, kernel=kernel)
-    h = dot(xq, w1.T, w1_scale * x_scale, x.dtype)
-    if b_fc is not None:
-        h = h + b_fc.astype(x.dtype)
-    aq, aq_t, a_scale = both_orders(gelu_value, E4M3, h, kernel=kernel)
-    y = dot(aq, w2.T, w2_scale * a_scale, x.dtype)
-    return y, (h, xq_t, x_scale, aq_t, a_scale, w1, w1_scale, w2, w2_scale, b_fc is not None)
+def _forward(x, w, b, activation, kernels):
+    wq, w_scale = round_weight(w)
+    parts = [wq] if w.ndim == 2 else [wq[:, i] for i in range(w.shape[1])]
+    hs = tuple(dot(x.rows, part.T, w_scale * x.scale, x.value.dtype) for part in parts)
+    if b is not None:
+        hs = tuple(h + part.astype(h.dtype) for h, part in zip(hs, b.reshape(len(hs), -1), strict=True))
+    saved = x.columns, x.scale, wq, w_scale, None if activation is None else hs, b is not None
+    if activation is None:
+        return hs, saved
+    value = ACTIVATIONS[activation].value
+    values = [value(h.astype(jnp.float32)).astype(h.dtype) for h in hs]
+    rounded = [both_orders(value, E4M3, h, kernel=kernels) for h in hs]
+    return tuple(Quantized(v, *r) for v, r in zip(values, rounded, strict=True)), saved
 
 
-def _backward(kernel, saved, dy):
-    h, xq_t, x_scale, aq_t, a_scale, w1, w1_scale, w2, w2_scale, has_bias = saved
-    dq, dq_t, dy_scale = both_orders(identity, E5M2, dy, kernel=kernel)
-    da = dot(dq, w2, w2_scale * dy_scale, dy.dtype)
-    dw2 = dot(aq_t, dq_t, a_scale * dy_scale, jnp.float32)
-    dhq, dhq_t, dh_scale = both_orders(gelu_gradient, E5M2, h, da, kernel=kernel)
-    dx = dot(dhq, w1, w1_scale * dh_scale, dy.dtype)
-    dw1 = dot(xq_t, dhq_t, x_scale * dh_scale, jnp.float32)
-    db = dhq_t.astype(jnp.float32).sum(1) / dh_scale if has_bias else None
-    return dx, dw1, db, dw2
+def _backward(activation, kernels, saved, dys):
+    x_columns, x_scale, wq, w_scale, hs, has_bias = saved
+    if activation is None:
+        function, arrays = identity, dys
+    else:
+        dys = [dy.value for dy in dys]
+        function, arrays = ACTIVATIONS[activation].gradient, [*hs, *dys]
+    dq, dq_t, scale = both_orders(function, E5M2, *arrays, kernel=kernels, parts=len(dys))
+    dx = dot(dq, wq.reshape(wq.shape[0], -1), w_scale * scale, dys[0].dtype)
+    dw = dot(x_columns, dq_t, x_scale * scale, jnp.float32).reshape(wq.shape)
+    db = (dq_t.astype(jnp.float32).sum(1) / scale).reshape(wq.shape[1:]) if has_bias else None
+    return Quantized(dx, None, None, None), dw, db  # type: ignore[arg-type]  # None: no gradient
 
 
-_mlp.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)

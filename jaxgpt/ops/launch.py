@@ -1,4 +1,8 @@
-"""The one place that names Pallas' Triton backend: runs a kernel compiled on a GPU, interpreted on a CPU."""
+"""The one place that names Pallas' Triton backend: runs a kernel compiled on a GPU, interpreted on a CPU.
+
+JAX 0.12 still has the backend and warns that a later release will not. Where it is missing `available` says so, once in
+a warning, and every op runs its plain twin.
+"""
 
 import functools
 import math
@@ -9,11 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array
 
-# JAX says so each time it lowers a kernel; pyproject.toml bounds jax to versions that still have the backend
+try:
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None
+
+# Said at each lowering of a kernel. To be removed with the backend: `available` then is false, and warns in its stead.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+
+@functools.cache  # one warning
+def available() -> bool:
+    """Whether this JAX has what the kernels are written in; warns if not."""
+    if triton is None:
+        warnings.warn(f"jax {jax.__version__} has no Pallas Triton backend: plain JAX runs instead", stacklevel=2)
+    return triton is not None
 
 
 def launch(
@@ -32,6 +48,8 @@ def launch(
     Triton computes on blocks whose sizes are powers of two, so kernels load and store with masks, through `load` and
     `store` below. On a CPU the same kernel is interpreted, for the tests; it is told so by the keyword `interpret`.
     """
+    assert triton is not None, "ask `available` first"
+    params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
 
     def call(*args: Array, interpret: bool):
         return pl.pallas_call(
@@ -41,7 +59,7 @@ def launch(
             in_specs=in_specs or [pl.BlockSpec()] * len(args),
             out_specs=out_specs or [pl.BlockSpec()] * len(out),
             input_output_aliases=aliases or {},
-            compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            compiler_params=params,
             interpret=interpret,
         )(*args)
 
@@ -49,7 +67,16 @@ def launch(
     return jax.lax.platform_dependent(*args, cpu=interpreted, default=functools.partial(call, interpret=False))
 
 
-load, store = triton.load, triton.store
+def load(ref, **options) -> Array:
+    """A block from memory; options: mask, and `other` where it is false."""
+    assert triton is not None
+    return triton.load(ref, **options)
+
+
+def store(ref, x: Array, **options) -> None:
+    """A block to memory; options: mask."""
+    assert triton is not None
+    triton.store(ref, x, **options)
 
 
 def exp2(x: Array, scale: float, shift: Array, interpret: bool) -> Array:
@@ -71,7 +98,15 @@ def sigmoid(x: Array, interpret: bool) -> Array:
     return _asm(f"{power} add.f32 t, t, {_literal(1.0)}; rcp.approx.ftz.f32 $0, t;", x)
 
 
+def tanh(x: Array, scale: float, interpret: bool) -> Array:
+    """tanh(x * scale) in float32, for kernels: two instructions, relative error 2^-11 (PTX ISA, tanh.approx.f32)."""
+    if interpret:
+        return jnp.tanh(x * scale)
+    return _asm(f"mul.f32 t, $1, {_literal(scale)}; tanh.approx.f32 $0, t;", x)
+
+
 def _asm(code: str, *args: Array) -> Array:
+    assert triton is not None
     like = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
     return triton.elementwise_inline_asm(
         f"{{ .reg .f32 t; {code} }}",

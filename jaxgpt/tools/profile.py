@@ -22,7 +22,6 @@ KINDS = (
     ("matrix products", r"gemm|cublas|nvjet|cutlass|matmul|xmma|splitk"),
     ("loss", r"_row_kernel|loss"),
     ("normalization", r"norm"),
-    ("GELU", r"gelu"),
     ("optimizer", r"select|adam"),
     ("copies", r"memcpy|memset|copy|transpose"),
 )
@@ -33,8 +32,7 @@ def least_work(parts: Parts, mesh: Mesh, params: Params) -> dict[str, tuple[floa
 
     Products: 6 FLOPs a weight and token. Attention: 7·T²·C a layer and sequence, of which the causal mask leaves 2
     forward and 5 backward (FlashAttention-2, arXiv 2307.08691). Of bytes every array counts once: the logits read and
-    their gradient written; 4 vectors of n_embd each way around a normalization and its residual; 3 of 4·n_embd in
-    GELU's derivative.
+    their gradient written; 4 vectors of n_embd each way around a normalization and its residual.
     """
     model, tensor = parts.model, mesh.shape["tensor"]
     sequences = parts.data.batch_size * parts.data.gradient_accumulation_steps // data_shards(mesh)
@@ -45,7 +43,6 @@ def least_work(parts: Parts, mesh: Mesh, params: Params) -> dict[str, tuple[floa
         "attention": (7 * tokens * model.block_size * width * model.n_layer / tensor, "FLOP"),
         "loss": (2 * tokens * model.padded_vocab_size * size / tensor, "byte"),
         "normalization": (8 * tokens * width * size * (2 * model.n_layer + 1), "byte"),
-        "GELU": (12 * tokens * width * size * model.n_layer / tensor, "byte"),
         "optimizer": (ADAMW_BYTES * all_weights / mesh.shape["fsdp"] / tensor, "byte"),
     }
 

@@ -1,0 +1,110 @@
+"""Products with a weight matrix, and what surrounds them: residual addition and normalization before, activation after.
+
+`linear` and `add_norm_linear` are what models are written in. In training they are plain products, or FP8's (fp8.py),
+after the norm's kernel (norm.py). When one new token for each of a few rows is decoded they are one kernel (decode.py).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgpt.ops import decode, fp8
+from jaxgpt.ops.activation import activate
+from jaxgpt.ops.norm import Norm, add_norm
+
+
+class Fast(NamedTuple):
+    """Which fast paths a caller wishes; each op's `supports` says whether it has one for the case at hand."""
+
+    kernels: bool = False  # GPU kernels in place of their plain twins
+    fp8: bool = False  # products and their gradients in 8-bit floats
+    decode: bool = False  # each row is one new token and no gradient is wanted
+
+
+PLAIN = Fast()
+
+
+def linear(
+    x: Float[Array, "M K"] | fp8.Quantized,
+    w: Float[Array, "K *G N"],
+    b: Float[Array, "*G N"] | None = None,
+    *,
+    activation: str | None = None,
+    columns: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    fast: Fast = PLAIN,
+) -> Any:
+    """activation(x @ w + b), (M, N) in `dtype`, by default x's; a w of (K, G, N) gives a tuple of G such matrices.
+
+    activation: a key of activation.ACTIVATIONS. In FP8 its result is Quantized: for `linear` alone to read. columns:
+    the first so many columns of the result alone, for a w of (K, N).
+    """
+    if isinstance(x, fp8.Quantized) or fast.fp8 and not fast.decode and fp8.supports(x.shape, w.shape):
+        assert columns is None and dtype is None
+        return fp8.linear(x, w, b, activation=activation, kernels=fast.kernels)
+    if _decodes(x, fast):
+        return _decoded(x, None, None, w, b, activation, dtype, columns)[1]
+    w = w.astype(x.dtype)
+    if w.ndim == 2:
+        return _finish(jnp.matmul(x, w, preferred_element_type=dtype), b, activation, fast)[:, :columns]
+    # several products rather than one: their outputs are what attention takes, where slices would be copies
+    ys = [jnp.matmul(y, w[:, i], preferred_element_type=dtype) for i, y in enumerate(_fan_out(x, w.shape[1]))]
+    return tuple(_finish(y, None if b is None else b[i], activation, fast) for i, y in enumerate(ys))
+
+
+def add_norm_linear(
+    x: Float[Array, "M K"],
+    branch: Float[Array, "M K"] | None,
+    norm: Norm,
+    w: Float[Array, "K *G N"],
+    b: Float[Array, "*G N"] | None = None,
+    *,
+    activation: str | None = None,
+    fast: Fast = PLAIN,
+) -> tuple[Float[Array, "M K"], Any]:
+    """x + branch, and `linear` of its normalization: what begins every branch of a pre-norm transformer.
+
+    branch: the previous branch's output, or None. Taking it unadded lets one kernel add and normalize.
+    """
+    if _decodes(x, fast):
+        return _decoded(x, branch, norm, w, b, activation, None, None)
+    x, y = add_norm(x, branch, norm, kernels=fast.kernels)
+    return x, linear(y, w, b, activation=activation, fast=fast)
+
+
+def _finish(y, b, activation, fast):
+    y = y if b is None else y + b.astype(y.dtype)
+    return activate(y, activation, kernels=fast.kernels) if activation else y
+
+
+def _decodes(x, fast: Fast) -> bool:
+    return fast.decode and fast.kernels and decode.supports(x.shape[0], x.dtype)
+
+
+def _decoded(x, branch, norm, w, b, activation, dtype, columns):
+    # weights that are prepared for decoding lie transposed already, and the compiler cancels the two transpositions
+    rows = w.astype(x.dtype).reshape(w.shape[0], -1).T
+    sizes = (columns or w.shape[-1],) * (1 if w.ndim == 2 else w.shape[1])
+    b = None if b is None else b.reshape(-1)
+    options = {"branch": branch, "norm": norm, "activation": activation, "sizes": sizes, "dtype": dtype}
+    residual, ys = decode.product(x, rows, b, **options)
+    return residual, ys[0] if w.ndim == 2 else ys
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fan_out(x: Float[Array, "M K"], count: int):
+    """x `count` times. Its gradients are added in turn, so that each matrix product adds to the last one's."""
+    return (x,) * count
+
+
+def _fan_in(count, _, gradients):
+    total, *others = gradients
+    for gradient in others:
+        total = jax.lax.optimization_barrier(total) + gradient
+    return (total,)
+
+
+_fan_out.defvjp(lambda x, count: (_fan_out(x, count), None), _fan_in)
