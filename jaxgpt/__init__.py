@@ -39,6 +39,14 @@ def shipped(pattern: str) -> dict[str, Path]:
     return found
 
 
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path that `name` is, ~ being the home folder, which no shell replaces after a `=`. UserError without one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no home folder that ~ could mean; write the path in full") from None
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` complete and synced, or not at all. UserError on a full disk."""

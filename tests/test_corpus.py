@@ -20,6 +20,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenizer import made
 
 from jaxgpt import UserError
 from jaxgpt.corpus import shards, sources
@@ -115,13 +116,14 @@ def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PIECE", limit)
         parts = list(sources.split_text(blocks(text, limit)))
-    assert "".join(part for part, _ in parts) == text
-    assert [end for _, end in parts] == [False] * (len(parts) - 1) + [True]
-    assert all(len(part) <= limit for part, _ in parts)
+    assert "".join(part.text for part in parts) == text
+    assert [part.end for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(len(part.text) <= limit for part in parts)
     apart, start = [], 0
-    for part, _ in parts:
-        apart += gpt2().encode(part)
-        start += len(part)
+    for part in parts:
+        assert text[:start].endswith(part.before) and text[start + len(part.text) :].startswith(part.after)
+        apart += gpt2().encode(part.text)
+        start += len(part.text)
         safe = start == len(text) or (re.match(r"\S[ \t\r\n]", text[start - 1 : start + 1]))
         if not safe:  # no white space in `limit` characters: the cut must be anywhere
             return
@@ -312,7 +314,7 @@ def test_a_full_disk(jsonl, expected, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
     assert re.fullmatch(r"error: cannot write .*train_000000.bin: File too large; make room.*\n", run.stderr)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", shard_tokens=20_000, workers=1)
     assert tokens_of(tmp_path / "out", "train") == expected["train"]
 
@@ -377,13 +379,162 @@ def test_another_corpus_is_left_alone(jsonl, tmp_path):
     (tmp_path / "bare" / "train.bin").write_bytes(b"ab")
     with pytest.raises(UserError, match="holds another corpus"):
         build(Files([str(other)]), tmp_path / "bare", workers=1)
-    time.sleep(0.01)
-    os.utime(jsonl)  # the input may have changed since
+
+
+def test_what_is_the_same_corpus(gpt2_files, tmp_path, capsys):
+    """Inputs that were touched, moved or named otherwise are; one letter changed is not."""
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:20])
+    build(Files([str(path)], val_fraction=0.2), tmp_path / "out", workers=1)
+    os.utime(path, (1, 1))
+    (tmp_path / "b").mkdir()
+    for name in (path, path.rename(tmp_path / "b" / "c.jsonl"), tmp_path / "b"):
+        source = Files([str(name)], val_fraction=0.2) if name != path or path.exists() else None
+        if source:
+            build(source, tmp_path / "out", workers=1)
+            assert "is complete" in capsys.readouterr().out
+    moved = tmp_path / "b" / "c.jsonl"
+    moved.write_text(moved.read_text().replace("a", "e", 1))
     with pytest.raises(UserError, match="holds another corpus"):
-        build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", workers=1)
+        build(Files([str(moved)], val_fraction=0.2), tmp_path / "out", workers=1)
 
 
-# ---- Bad input
+def test_a_text_too_short_leaves_nothing(gpt2_files, tmp_path):
+    """So that the same command does it with the text mended; a folder that was there before stays, and its files."""
+    few = write_jsonl(tmp_path / "few.jsonl", ["a", "b"])
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").write_text("mine")
+    for out in (tmp_path / "new" / "out", tmp_path / "there"):
+        with pytest.raises(UserError, match="too short to give any to val"):
+            build(Files([str(few)]), out, workers=1)
+    assert not (tmp_path / "new").exists() and [p.name for p in (tmp_path / "there").iterdir()] == ["notes"]
+    write_jsonl(few, ["a", "b"] * 300)
+    build(Files([str(few)]), tmp_path / "there", workers=1)
+    assert len(tokens_of(tmp_path / "there", "train")) > 1000
+
+
+def test_a_mended_text_is_begun_again(gpt2_files, tmp_path, capsys):
+    """After an error in the middle, with shards finished: the same command, its text mended, makes the whole corpus."""
+    path, documents = tmp_path / "a.jsonl", DOCUMENTS[:30]
+    write_jsonl(path, documents)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"{broken\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "PIECE", 20_000)
+        with pytest.raises(UserError, match="line 31 .* is not a JSON object"):
+            build(Files([str(path)], val_fraction=0.2), tmp_path / "out", workers=1, shard_tokens=5000)
+    assert list((tmp_path / "out").glob("*.bin")) and (tmp_path / "out" / shards.PROGRESS).exists()
+    with pytest.raises(UserError, match="is half made"):
+        Corpus.open(tmp_path / "out", "train", block_size=8, vocab_size=50257)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="with other settings"):  # which are no mended text
+        build(Files([str(path)], val_fraction=0.2), tmp_path / "out", workers=1, shard_tokens=6000)
+    build(Files([str(path)], val_fraction=0.2), tmp_path / "out", workers=1, shard_tokens=5000)
+    assert "beginning again" in capsys.readouterr().out
+    drawn = [text for i, text in enumerate(documents) if sources._draw(i) >= 0.2]
+    assert tokens_of(tmp_path / "out", "train") == plain_loop(drawn)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": {}}', b'{"settings": {}, "shards": [1]}'])
+def test_a_damaged_progress_file_is_one_line(jsonl, tmp_path, content):
+    (tmp_path / shards.PROGRESS).write_bytes(content)
+    with pytest.raises(UserError, match="progress.json is damaged|holds another corpus"):
+        build(Files([str(jsonl)]), tmp_path, workers=1)
+    assert (tmp_path / shards.PROGRESS).read_bytes() == content
+
+
+# ---- Which files are read
+
+
+def test_a_name_that_exists_is_that_file(tmp_path):
+    """Brackets and all; else it is a glob, of files and of folders."""
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    names = ["book1.txt", "book[1].txt", "a*.txt", "B.TXT", "c: d.Md", "deep/e.JSONL.GZ"]
+    for name in names:
+        (tmp_path / "docs" / name).write_text(name)
+    (tmp_path / "docs" / ".git").mkdir()
+
+    def found(*inputs: str) -> list[str]:
+        return sorted(os.path.relpath(path, tmp_path / "docs") for path in sources.Finder().find(inputs))
+
+    docs = f"{tmp_path}/docs"
+    assert found(docs) == found(f"{docs}/*") == found(f"{docs}/**") == sorted(names)
+    assert found(docs, *(f"{docs}/{name}" for name in names), docs) == sorted(names)  # each once
+    for name in names:
+        assert found(f"{docs}/{name}") == [name]
+    assert found(f"{docs}/b*.txt") == ["book1.txt", "book[1].txt"]
+    assert found(f"{docs}/book[12].txt") == ["book1.txt"]
+    (tmp_path / "docs" / "deep" / "f.pdf").write_text("")
+    finder = sources.Finder()
+    assert len(finder.find([docs])) == len(names)
+    assert finder.notes() == [
+        f"passed over, hidden: {docs}/.git",
+        f"passed over, of another kind: {docs}/deep/f.pdf",
+    ]
+
+
+def test_links_do_not_multiply_files(tmp_path):
+    """To the folder itself, to a sibling, to a file, to nothing, in circles; a hard link is the same file as well."""
+    docs, other = tmp_path / "docs", tmp_path / "other"
+    docs.mkdir()
+    other.mkdir()
+    (docs / "b.txt").write_text("b")
+    (other / "c.txt").write_text("c")
+    for name, target in {
+        "a": ".", "file.txt": "b.txt", "nothing.txt": "none", "circle": "circle", "others": other, "up": ".."
+    }.items():  # fmt: skip
+        (docs / name).symlink_to(target)
+    os.link(docs / "b.txt", docs / "z.txt")
+    finder = sources.Finder()
+    assert finder.find([str(docs)]) == [f"{docs}/b.txt", f"{docs}/others/c.txt"]
+    notes = "\n".join(finder.notes())
+    assert "passed over, the same again" in notes and f"{docs}/a (it is {docs})" in notes
+    assert f"of another kind: {docs}/circle, {docs}/nothing.txt" in notes
+    assert finder.find([str(other)]) == []  # found by the link
+
+
+def test_home_and_odd_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b:c.txt").write_text("x")
+    assert sources.Finder().find(["~/a b:c.txt"]) == [f"{tmp_path}/a b:c.txt"]
+    assert sources.read_text("~/a b:c.txt") == "x"
+
+
+def test_what_is_passed_over_is_said(gpt2_files, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("some text " * 100)
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.pdf").write_text("")
+    build(Files([str(tmp_path / "in")], val_fraction=0.1), tmp_path / "out", workers=1)
+    said = capsys.readouterr().out
+    assert re.search(r"passed over, of another kind: .*0.pdf, .*1.pdf, .*2.pdf and 2 more\n", said)
+
+
+# ---- What text is
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay(gpt2_files, tmp_path, monkeypatch, name):
+    """The same of a file that is prepared and of one that is read whole, as a prompt; in blocks of any size."""
+    text = "one\r\ntwo\rthree\n\ufeff four " * 20
+    content = b"\xef\xbb\xbf" + text.encode()
+    if name == "a.jsonl":
+        content = b"\xef\xbb\xbf" + json.dumps({"text": text}).encode() + b"\r\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for piece in (1, 7, 1 << 20):
+        monkeypatch.setattr(sources, "PIECE", piece)
+        pieces = list(Files([str(tmp_path / name)], val=[], val_fraction=0.5).pieces({"train": 0, "val": 0}))
+        assert "".join(piece.text for piece in pieces) == text
+        if name == "a.txt":
+            assert sources.read_text(tmp_path / name) == text
+    (tmp_path / "b.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(UserError, match="byte 0 is not UTF-8 text"):
+        sources.read_text(tmp_path / "b.txt")
+    for missing in (tmp_path / "none", tmp_path, "a\0b"):
+        with pytest.raises(UserError, match="cannot read"):
+            sources.read_text(missing)
+
+
+# ---- Bad input# ---- Bad input
 
 
 def complaint_about(path: Path, content: bytes, **how) -> str:
@@ -448,9 +599,30 @@ def test_bad_arguments(gpt2_files, tmp_path):
     for how in ({"workers": 0}, {"shard_tokens": 0}):
         with pytest.raises(UserError, match="at least 1"):
             build(Files([a]), tmp_path / "out", **how)
-    few = write_jsonl(tmp_path / "few.jsonl", ["a", "b"])
-    with pytest.raises(UserError, match="too short to give any to val"):
-        build(Files([str(few)]), tmp_path / "out", workers=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         build(Files([a]), tmp_path / "file" / "out", workers=1)
+
+
+def test_text_that_cannot_be_encoded_is_located(tmp_path):
+    """A lone surrogate is U+FFFD, as for tiktoken; a word outside a vocabulary is one line with its place."""
+    byte_level = made("byte-level", special=("<|endoftext|>",))
+    byte_level.save(str(tmp_path / "t.json"))
+    (tmp_path / "d.jsonl").write_text('{"text": "a document"}\n' * 300 + '{"text": "half: \\ud83d and on"}\n')
+    build(Files([str(tmp_path / "d.jsonl")]), tmp_path / "out", tokenizer=str(tmp_path / "t.json"), workers=1)
+    ids = tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val")
+    assert byte_level.decode(ids).count("half: \ufffd and on") == 1
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "world": 1, "</s>": 2}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "w.json"))
+    good = ["hello world"] * 50
+    write_jsonl(tmp_path / "e.jsonl", [*good, "hello there"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*good, "hello </s>"]}), tmp_path / "f.parquet")
+    how = {"tokenizer": str(tmp_path / "w.json")}
+    for name, where in (("e.jsonl", "line 51 (byte 1,650)"), ("f.parquet", "row 50")):
+        for workers in (1, 2):
+            with pytest.raises(UserError) as error:
+                build(Files([str(tmp_path / name)]), tmp_path / "o", workers=workers, **how)
+            assert f"{name}: {where}: the tokenizer cannot encode it" in str(error.value)
+            assert not (tmp_path / "o").exists()

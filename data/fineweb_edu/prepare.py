@@ -9,10 +9,10 @@ from jaxgpt.config import run_main
 from jaxgpt.corpus import shards, sources
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = shards.parser(__doc__, Path(__file__).parent)
-    parser.add_argument("--input", nargs="+", help="its .parquet files, or their folder; default: from the hub")
-    args = vars(parser.parse_args(argv))
+def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
+    parser = shards.parser(__doc__, folder)
+    parser.add_argument("--input", nargs="+", help="its .parquet files, or their folder; by default from the hub")
+    args = vars(parser.parse(argv))
     rows = sources.load_rows("HuggingFaceFW/fineweb-edu", "sample-10BT", args.pop("input"))
     shards.build(sources.Rows("fineweb-edu sample-10BT", {"train": rows}), first_shard_is_val=True, **args)
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from jaxgpt.config import run_main
 
 
-def main(argv: Sequence[str]) -> None:
-    folder = Path(__file__).parent
-    characters = runpy.run_path(str(folder.with_name("shakespeare_char") / "prepare.py"))
+def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
+    characters = runpy.run_path(str(Path(__file__).parent.with_name("shakespeare_char") / "prepare.py"))
     characters["prepare"](argv, "gpt2", folder)
 
 

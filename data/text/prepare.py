@@ -10,17 +10,17 @@ from jaxgpt.config import run_main
 from jaxgpt.corpus import shards, sources
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = shards.parser(__doc__, Path(__file__).parent)
+def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
+    parser = shards.parser(__doc__, folder)
     parser.add_argument(
         "inputs", nargs="+", help=".txt, .md, .jsonl (also .gz, .zst), .parquet files, folders or globs"
     )
-    parser.add_argument("--val", nargs="+", default=[], help="the same, for validation; default: a part of the inputs")
-    parser.add_argument("--val_fraction", type=float, default=0.01, help="that part; default: %(default)s")
-    parser.add_argument("--field", default="text", help="the text's name in .jsonl and .parquet; default: %(default)s")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default) or the path of a tokenizer.json")
-    parser.add_argument("--eot", help="the tokenizer's token that ends a document; default: the usual ones")
-    args = vars(parser.parse_args(argv))
+    parser.add_argument("--val", nargs="+", default=[], help="the same for validation; by default a part of all")
+    parser.add_argument("--val_fraction", type=float, default=0.01, help="that part")
+    parser.add_argument("--field", default="text", help="the text's name in .jsonl and .parquet")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or the path of a tokenizer.json")
+    parser.add_argument("--eot", help="the tokenizer's token that ends a document; by default the usual ones")
+    args = vars(parser.parse(argv))
     source = sources.Files(*(args.pop(key) for key in ("inputs", "val", "field", "val_fraction")))
     shards.build(source, **args)
 

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from argparse import ArgumentParser
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,9 +27,20 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
-from jaxgpt import UserError, atomic_write
+from jaxgpt import UserError, atomic_write, local_path
+from jaxgpt.config import Parser, integer
 from jaxgpt.corpus.sources import PIECE, Piece, Source
-from jaxgpt.tokenizer import PROGRESS, JsonTokenizer, Tokenizer, gpt2, meta_for, read_meta, token_dtype, write_meta
+from jaxgpt.tokenizer import (
+    DAMAGE,
+    PROGRESS,
+    JsonTokenizer,
+    Tokenizer,
+    gpt2,
+    meta_for,
+    read_meta,
+    token_dtype,
+    write_meta,
+)
 
 Tokens = Integer[np.ndarray, " n"]
 # Of a shard: "file", "tokens", "sha256", and "next", where the one after it begins: the number of a piece, and how many
@@ -52,10 +62,10 @@ def build(
     """Writes train_*.bin, val_*.bin and meta.json into `out_dir`, or what is still missing of them.
 
     `tokenizer`: gpt2, or the path of a tokenizer.json. With `first_shard_is_val`, the source has but a train split.
-    UserError, with the finished shards kept: bad input, a full disk, a folder that holds another corpus, too little
-    text for both splits, Ctrl-C.
+    UserError: bad input, a full disk, Ctrl-C, with the finished shards kept; a folder that holds another corpus; too
+    little text for both splits, of which nothing is kept.
     """
-    out = Path(out_dir)
+    out = local_path(out_dir)
     workers = int(getattr(os, "process_cpu_count", os.cpu_count)() or 1) if workers is None else workers
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"shard_tokens={shard_tokens} and workers={workers} must be at least 1")
@@ -65,31 +75,33 @@ def build(
         "shard_tokens": shard_tokens,
         "first_shard_is_val": first_shard_is_val,
     }
+    content = None
     if tokenizer != name:
-        name, content = "tokenizer.json", Path(tokenizer).read_bytes()
+        name, content = "tokenizer.json", local_path(tokenizer).read_bytes()
         settings |= {"tokenizer_sha256": hashlib.sha256(content).hexdigest(), "eot": bpe.eot}
-    records, complete = _recorded(out, settings)
+    records, complete = recorded(out, source.name, settings)
+    for note in source.notes:
+        print(note)
     if complete and all(_sound(out, record) for record in records):
         print(f"{out} is complete, and every file has the digest that meta.json records")
+        (out / PROGRESS).unlink(missing_ok=True)  # of a run that was killed in between
         return
-    if name == "tokenizer.json":
-        with atomic_write(out / name) as f:
-            f.write(content)
-
-    def finished() -> list[Record]:
-        return [record for writer in writers.values() for record in writer.records]
-
-    def save() -> None:
-        with atomic_write(out / PROGRESS) as f:
-            f.write(json.dumps({"settings": settings, "shards": finished()}).encode())
-
-    writers: dict[str, _Shards] = {}
+    splits = ("train",) if first_shard_is_val else ("train", "val")
+    of_split = [[r for r in records if first_shard_is_val or r["file"].startswith(split)] for split in splits]
+    sound = [list(takewhile(lambda record: _sound(out, record), each)) for each in of_split]
     with contextlib.ExitStack() as stack:
-        for split in ("train",) if first_shard_is_val else ("train", "val"):
-            of_split = [record for record in records if first_shard_is_val or record["file"].startswith(split)]
-            sound = list(takewhile(lambda record: _sound(out, record), of_split))
+        save = stack.enter_context(half_made(out, source.name, settings, list(chain(*sound))))
+        if content:
+            with atomic_write(out / name) as f:
+                f.write(content)
+
+        def finished() -> list[Record]:
+            return [record for writer in writers.values() for record in writer.records]
+
+        writers: dict[str, _Shards] = {}
+        for split, each in zip(splits, sound, strict=True):
             first = "val" if first_shard_is_val else split
-            writers[split] = _Shards(out, (first, split), shard_tokens, sound, save)
+            writers[split] = _Shards(out, (first, split), shard_tokens, each, lambda: save(finished()))
             stack.push(writers[split].opened)  # an error leaves no file of its own
         start = {split: writer.start for split, writer in writers.items()}
         chunks = _chunks(source.pieces(start), start)
@@ -105,48 +117,101 @@ def build(
                 writer.end_shard(END)
         except KeyboardInterrupt:
             raise UserError("stopped; finished shards are kept: run the same command to go on") from None
-    shards = {split: [r for r in finished() if r["file"].startswith(split)] for split in ("train", "val")}
-    for split in shards:
-        if not shards[split]:
-            raise UserError(f"the text is too short to give any to {split}; see --help for how validation is drawn")
-    write_meta(out, meta_for(bpe, name, source=source.name, shards=shards, settings=settings))
-    (out / PROGRESS).unlink(missing_ok=True)
+        shards = {split: [r for r in finished() if r["file"].startswith(split)] for split in ("train", "val")}
+        for split in shards:
+            if not shards[split]:
+                _remove(out, save, finished())
+                raise UserError(f"the text is too short to give any to {split}; see --help for how validation is drawn")
+        write_meta(out, meta_for(bpe, name, source=source.name, shards=shards, settings=settings))
     for split in shards:
         print(f"{out}: {split} has {sum(r['tokens'] for r in shards[split]):,} tokens in {len(shards[split])} files")
 
 
 def make_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
     """gpt2, or the tokenizer.json of that path. UserError if it has no end-of-text token and `eot` names none."""
-    tokenizer = gpt2() if name == "gpt2" else JsonTokenizer(Path(name), eot)
+    tokenizer = gpt2() if name == "gpt2" else JsonTokenizer(local_path(name), eot)
     if tokenizer.eot is None:
         raise UserError(f"{name} has no usual end-of-text token; name its token that ends a document with --eot")
     return tokenizer
 
 
-def parser(description: str | None, folder: Path) -> ArgumentParser:
+def parser(description: str | None, folder: Path) -> Parser:
     """The arguments of `build` that every prepare.py has."""
-    made = ArgumentParser(description=description)
-    made.add_argument("--out_dir", type=Path, default=folder, help="default: the script's folder")
-    made.add_argument("--workers", type=int, help="processes; default: one for each core")
-    made.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a file; default: %(default)s")
+    made = Parser(description=description)
+    made.add_argument("--out_dir", type=local_path, default=folder, help="where the tokens go")
+    made.add_argument("--workers", type=int, help="processes; by default one for each core")
+    made.add_argument("--shard_tokens", type=integer, default=100_000_000, help="tokens in a file")
     return made
 
 
-def _recorded(out: Path, settings: dict[str, Any]) -> tuple[list[Record], bool]:
-    """The shards that earlier runs recorded, and whether they completed. UserError if they made another corpus."""
+@contextlib.contextmanager
+def half_made(
+    out: Path, source: str, settings: dict[str, Any], records: list[Record]
+) -> Iterator[Callable[[list[Record]], None]]:
+    """Marks the folder as half made, by progress.json, until the block has written its meta.json.
+
+    Gives the function that records finished shards there, as `recorded` finds them. An error before the first of them
+    leaves the folder as it was.
+    """
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    kept = records
+
+    def save(finished: list[Record]) -> None:
+        nonlocal kept
+        kept = finished
+        with atomic_write(out / PROGRESS) as f:
+            f.write(json.dumps({"source": source, "settings": settings, "shards": finished}).encode())
+
+    try:
+        save(records)
+        yield save
+    except BaseException:
+        if not kept and not (out / "meta.json").exists():
+            with contextlib.suppress(OSError):
+                for name in (PROGRESS, *["tokenizer.json"] * ("tokenizer_sha256" in settings)):
+                    (out / name).unlink(missing_ok=True)
+                for folder in new_folders:
+                    folder.rmdir()
+        raise
+    (out / PROGRESS).unlink()
+
+
+def recorded(out: Path, source: str, settings: dict[str, Any]) -> tuple[list[Record], bool]:
+    """The shards that earlier runs finished, and whether they completed. UserError if they made another corpus.
+
+    One that is not complete is begun again if its `source`, what the command names, holds another text since.
+    """
     meta, progress = read_meta(out), out / PROGRESS
-    if meta:
-        old, records = meta.settings, list(chain.from_iterable(meta.shards.values()))
-    elif progress.is_file():
-        content = json.loads(progress.read_bytes())
-        old, records = content["settings"], content["shards"]
-    else:
-        old, records = None if any(out.glob("*.bin")) else settings, []
+    try:
+        if meta:
+            old, records, begun = meta.settings, list(chain.from_iterable(meta.shards.values())), None
+        elif progress.is_file():
+            content = json.loads(progress.read_bytes())
+            old, records, begun = content["settings"], list(content["shards"]), content.get("source")
+            _ = [(out / record["file"], record["tokens"], *record["next"]) for record in records]
+        else:
+            old, records, begun = None if any(out.glob("*.bin")) else settings, [], None
+    except DAMAGE as error:
+        raise UserError(f"{progress} is damaged ({error!r}); remove the folder or set another --out_dir") from None
+    text = ("source_sha256", "text_sha256")
+    others = {key for key in {*settings, *(old or {})} if (old or {}).get(key) != settings.get(key)}
+    if begun == source and others and others <= {*text}:
+        print(f"{out}: the text is another one than when this was stopped; beginning again")
+        for record in records:
+            (out / record["file"]).unlink(missing_ok=True)
+        records, old = [], settings
     if old != settings:
         raise UserError(f"{out} holds another corpus, or this one with other settings; move it away or set --out_dir")
     for left in out.glob("*.partial"):  # by a killed run
         left.unlink()
     return records, meta is not None
+
+
+def _remove(out: Path, save: Callable[[list[Record]], None], records: list[Record]) -> None:
+    """Takes finished shards back."""
+    save([])
+    for record in records:
+        (out / record["file"]).unlink(missing_ok=True)
 
 
 def _sound(out: Path, record: Record) -> bool:
@@ -266,7 +331,10 @@ def _encode(chunk: list[Piece]) -> Tokens:
     """In the type of the files."""
     arrays, dtype = [], np.dtype(token_dtype(_tokenizer.vocab_size)).newbyteorder("<")
     for piece in chunk:
-        arrays.append(_tokenizer.encode_array(piece.text))
+        try:
+            arrays.append(_tokenizer.encode_array(piece.text, piece.before, piece.after))
+        except UserError as error:
+            raise UserError(f"{piece.where}: {error}; mend it or leave it out") from None
         if piece.end:
             arrays.append(np.array([_tokenizer.eot]))
     return np.concatenate(arrays, dtype=dtype, casting="unsafe")
