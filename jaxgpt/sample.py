@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
             if args.jsonl:
                 write_records(chunks, model, scorer, record, prompt, seed, args.stop)
             else:
-                write_samples(chunks, model.tokenizer, model.tokenizer.decode(prompt), args.num_samples, args.stop)
+                write_samples(chunks, model.tokenizer, prompt, args.num_samples, args.stop)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -140,10 +140,15 @@ def encode(model: OpenedModel, prompt: str) -> list[int]:
     return tokens
 
 
-def write_samples(chunks: Chunks, tokenizer: Tokenizer, start: str, num_samples: int, stop: str) -> None:
-    """Prints samples, the first one not finished as it is made: the others grow beside it and appear in their turn."""
-    texts, current = [Stream(tokenizer, stop) for _ in range(num_samples)], 0
-    waiting = [start] * num_samples  # what is not shown yet of each
+def write_samples(
+    chunks: Chunks, tokenizer: Tokenizer, prompt: list[int], num_samples: int, stop: str, *, echo: bool = True
+) -> None:
+    """Prints samples, the first one not finished as it is made: the others grow beside it and appear in their turn.
+
+    echo: the prompt before each.
+    """
+    texts, current = [Stream(tokenizer, stop, prompt) for _ in range(num_samples)], 0
+    waiting = [tokenizer.decode(prompt) if echo else ""] * num_samples  # what is not shown yet of each
     nothing = np.zeros((num_samples, 0), np.int32)  # so that the prompt shows at once
     for chunk in itertools.chain([nothing], chunks, [None]):
         for i, text in enumerate(texts):
@@ -171,20 +176,24 @@ def write_records(
 ) -> None:
     """Prints one JSON object for each sample: the record's fields and what was made of its prompt."""
     rows = np.concatenate(list(chunks), axis=1).tolist()
-    texts, rows = zip(*(cut(model.tokenizer, row, stop) for row in rows), strict=True)
+    texts, rows = zip(*(cut(model.tokenizer, prompt, row, stop) for row in rows), strict=True)
     logprobs = log_probabilities(scorer, model.params, prompt, rows)
     for i, (text, tokens, of_tokens) in enumerate(zip(texts, rows, logprobs, strict=True)):
         made = {"text": text, "tokens": tokens, "logprobs": of_tokens, "seed": seed, "sample": i}
         print(json.dumps(record | made, ensure_ascii=False), flush=True)
 
 
-def cut(tokenizer: Tokenizer, tokens: list[int], stop: str) -> tuple[str, list[int]]:
+def cut(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: str) -> tuple[str, list[int]]:
     """The text before `stop`, and the tokens up to the one that completes it."""
-    text = tokenizer.decode(tokens)
-    if not stop or stop not in text:
-        return text, tokens
-    needed = next(n for n in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
-    return text.partition(stop)[0], tokens[:needed]
+
+    def text(n: int) -> str:
+        stream = Stream(tokenizer, prompt=prompt)
+        return stream.push(tokens[:n]) + stream.flush()
+
+    if not stop or stop not in text(len(tokens)):
+        return text(len(tokens)), tokens
+    needed = next(n for n in range(1, len(tokens) + 1) if stop in text(n))
+    return text(needed).partition(stop)[0], tokens[:needed]
 
 
 def log_probabilities(
@@ -230,7 +239,7 @@ def converse(
         else:
             with stoppable() as stopped:
                 chunks = itertools.takewhile(lambda _: not stopped(), generate(tokens, next(seeds)))
-                write_samples(chunks, model.tokenizer, "", num_samples, stop)
+                write_samples(chunks, model.tokenizer, tokens, num_samples, stop, echo=False)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def test_text_appears_as_it_is_made(capsys):
             yield np.array([tokenizer.encode(row) for row in rows])
         raise AssertionError("asked for more after every sample was done")
 
-    write_samples(chunks(), tokenizer, "c", 2, stop=".")
+    write_samples(chunks(), tokenizer, tokenizer.encode("c"), 2, stop=".")
     assert [*shown, capsys.readouterr().out] == ["c", "aaa", f"aa\n{SEPARATOR}\ncbbbbb\n{SEPARATOR}\n"]
 
 
