@@ -10,7 +10,7 @@ def get_config(size: str = "full"):
     if size not in ("full", "cpu"):
         raise ValueError(f"shakespeare_char has no size {size!r}; choose full or cpu")
     c = default_config()
-    c.out_dir = "out-shakespeare-char"
+    c.out_dir = "out-shakespeare-char" if size == "full" else f"out-shakespeare-char-{size}"
     c.dataset = "shakespeare_char"
     c.eval_interval = 250  # often, because it will overfit
     c.log_interval = 10

@@ -291,7 +291,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults behind each help text, but for those that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", False) or not action.option_strings:
+        silent = action.default is None or action.default in ("", argparse.SUPPRESS) or action.nargs == 0
+        if silent or not action.option_strings:
             return action.help
         shown = str(action.default).replace("%", "%%")
         return f"{action.help} (default: {shown if shown.isprintable() else repr(shown)})"
@@ -333,6 +334,7 @@ def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
 
     A model named by the preset or the command line brings its own keys.
     """
+    parser.usage = f"{parser.prog} [--config] FILE[:ARGUMENT] [--config.KEY=VALUE …] [other options]"
     about = "a preset, such as configs/gpt2.py:gpt2-xl; --config may be left out"
     parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help=about)
     parser.add_argument("preset", nargs="?", help=argparse.SUPPRESS)

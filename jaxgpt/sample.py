@@ -1,4 +1,4 @@
-"""Sample from a model: `python -m jaxgpt.sample --out_dir=out` (the default) or `--init_from=gpt2`.
+"""Sample from a model: `python -m jaxgpt.sample --out_dir=out-shakespeare-char` or `--init_from=gpt2`.
 
 --interactive asks for prompts; --prompts=FILE takes one a line (- reads stdin); --jsonl reads and writes JSON lines.
 """
@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from jaxgpt import UserError
 from jaxgpt.config import Parser, integer, run_main
+from jaxgpt.corpus.sources import decode_text, read_text
 from jaxgpt.decoding import Generator, Sampling
 from jaxgpt.models import Params
 from jaxgpt.run.processes import Processes
@@ -44,8 +45,7 @@ def main(argv: Sequence[str]) -> None:
         if args.interactive and jax.process_count() > 1:
             raise UserError("--interactive is for one process; start it without the launcher")
         mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
-        out_dir = args.out_dir or (None if args.init_from else "out")
-        model = open_model(out_dir, mesh=mesh, **model_arguments(args))
+        model = open_model(args.out_dir, mesh=mesh, **model_arguments(args))
         prompts = [encode(model, record["prompt"]) for record in records]
         generator = Generator(model.config, model.params, vocab_size=model.tokenizer.vocab_size)
 
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m jaxgpt.sample", description=__doc__)
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--start", default="\n", help="the prompt, or FILE:path of a file that holds it; default: a line break")
+    add("--start", default="\n", help="the prompt, or FILE:path of a file that holds it")
     add("--prompts", metavar="FILE", help="a file of prompts, one a line, or - for stdin; with --jsonl a JSON object "
         'a line, {"prompt": …}, whose other fields are handed through')  # fmt: skip
     add("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
@@ -91,6 +91,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"{name}={getattr(args, name)} must be at least {least}")
     if args.seed >= SEEDS:
         raise UserError(f"seed={args.seed} must be below 2^32")
+    if not args.out_dir and not args.init_from:
+        runs = ", ".join(f"--out_dir={path.parent}" for path in sorted(Path().glob("*/config.json")))
+        raise UserError(
+            f"which model? {runs or 'No folder here is a run: --out_dir=FOLDER of one'}, or --init_from=gpt2"
+        )
     if args.interactive and (args.prompts or args.jsonl):
         raise UserError("--interactive asks for the prompts; leave out --prompts and --jsonl")
     return args
@@ -102,12 +107,13 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     if not args.prompts:
         start = args.start
-        start = read_text(start.removeprefix("FILE:"), "--start=FILE:path") if start.startswith("FILE:") else start
+        start = read_text(start.removeprefix("FILE:")) if start.startswith("FILE:") else start
         if not start:
             raise UserError(r"the prompt is empty; give --start some text (by default a line break)")
         return [{"prompt": start}]
     records = []
-    for number, line in enumerate(read_text(args.prompts, "--prompts=FILE").splitlines(), start=1):
+    text = decode_text(sys.stdin.buffer.read(), "stdin") if args.prompts == "-" else read_text(args.prompts)
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -120,16 +126,6 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not records:
         raise UserError(f"{args.prompts} holds no prompts; write one a line")
     return records
-
-
-def read_text(name: str, argument: str) -> str:
-    """A file's text, or stdin's for `-`. Raises UserError if there is none."""
-    try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{name} is not UTF-8 text; convert it") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UserError(f"cannot read {name!r}: {getattr(error, 'strerror', error)}; check {argument}") from None
 
 
 def encode(model: OpenedModel, prompt: str) -> list[int]:

@@ -13,8 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError
-from jaxgpt.config import GPT2_SIZES, default_config
-from jaxgpt.models.gpt2 import GPTConfig
+from jaxgpt.config import GPT2_SIZES, default_config, resolve
 from jaxgpt.sharding import make_mesh
 from jaxgpt.tools.dryrun import bytes_per_device, collectives, dry_run, step_bytes
 
@@ -69,11 +68,11 @@ def test_the_memory_of_a_step_is_close_to_what_xla_says(size, rows, by_xla):
     """by_xla: MiB, from jax 0.11.2's memory analysis of the same step compiled for one H200; 12 with micro-steps."""
     layers, heads, width = GPT2_SIZES[size]
     config = default_config()
-    config.update(batch_size=rows, gradient_accumulation_steps=10 if rows == 12 else 1)
-    model_config = GPTConfig(n_layer=layers, n_head=heads, n_embd=width, dtype="bfloat16")
+    config.update(batch_size=rows, gradient_accumulation_steps=10 if rows == 12 else 1, dtype="bfloat16", bias=False)
+    config.update(n_layer=layers, n_head=heads, n_embd=width)
     n_params = 12 * layers * width**2 + (50304 + 1024) * width
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    assert step_bytes(config, model_config, mesh, n_params) / 2**20 == pytest.approx(by_xla, rel=0.1)
+    assert step_bytes(resolve(config, mesh, 50257), mesh, n_params) / 2**20 == pytest.approx(by_xla, rel=0.1)
 
 
 def test_bytes_per_device():
@@ -133,6 +132,14 @@ def test_every_problem_at_once(tiny_config, tmp_path, capsys):
     ):
         assert len(re.findall(f"^error: .*{re.escape(problem)}", err, re.MULTILINE)) == 1, problem
     assert err.count("\n") == 4
+
+
+def test_it_needs_no_corpus(tiny_config, tmp_path, monkeypatch, capsys):
+    """Its tokens may be made later; a data_dir that the user names should be there (above)."""
+    monkeypatch.chdir(tmp_path)
+    assert dry_run(tiny_config(dataset="later", data_dir=""), 0, lambda *_: None) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("data/later holds no tokens yet: a vocabulary of 50,257 is assumed\n") and err == ""
 
 
 def test_sizes_that_do_not_divide(tiny_config, capsys):

@@ -191,3 +191,12 @@ def test_what_is_no_prompt_is_one_line(run, tmp_path, line):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(UserError, match="in.jsonl: line 2 is not"):
         sample.main([f"--out_dir={run}", f"--prompts={tmp_path}/in.jsonl", "--jsonl"])
+
+
+def test_without_a_model_it_says_which_there_are(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(UserError, match=f"which model\\? .*--out_dir={run.name}.*, or --init_from=gpt2"):
+        sample.main([])
+    monkeypatch.chdir(run)
+    with pytest.raises(UserError, match="No folder here is a run"):
+        sample.main([])

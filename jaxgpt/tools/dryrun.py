@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.config import DataConfig, Parts, resolve
-from jaxgpt.data import RunData
+from jaxgpt.data import RunData, corpus_folders
 from jaxgpt.keys import take
 from jaxgpt.models import count_params
 from jaxgpt.run.launchers import count_gpus
@@ -59,7 +59,9 @@ def dry_run(
     fitting.gradient_accumulation_steps = max(1, config.gradient_accumulation_steps // shards) * shards
     if fitting.gradient_accumulation_steps != config.gradient_accumulation_steps:
         attempt(lambda: open_data(config, where, weights))
-    data = attempt(lambda: open_data(fitting, where, weights))
+    folders = attempt(lambda: corpus_folders(take(DataConfig, fitting))) or []
+    absent = [folder for folder in folders if not config.data_dir and not any(folder.glob("*.bin"))]  # no mistake yet
+    data = None if absent else attempt(lambda: open_data(fitting, where, weights))
     if described and config.dtype == "auto":
         fitting.dtype = "bfloat16"
     vocab_size = data.vocab_size if data else weights.meta.vocab_size if weights else GPT2_VOCAB_SIZE
@@ -68,6 +70,8 @@ def dry_run(
     state = mesh and parts and attempt(lambda: abstract_state(parts, mesh))
     if state:
         print("\n".join(report(parts, mesh, state, described)))
+        if absent:
+            print(f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0
