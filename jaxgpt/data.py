@@ -1,9 +1,10 @@
 """Token files to batches: the batch of step n is a function of (seed, n), whatever the processes, devices and resumes.
 
 A corpus is one split of one folder: memory-mapped shards of little-endian uint16 or uint32, read as one row of tokens.
-Sample k of a run (k = step · rows + row) is a window of block_size + 1 tokens: x is all but the last, y all but the
-first. `shuffle` reads every window of an epoch once. Its order is a keyed permutation of the windows' numbers, computed
-where it is needed and never stored, so it costs the same for 10^4 and for 10^11 tokens.
+Sample k of a run is a window of block_size + 1 tokens: x is all but the last, y all but the first. A step takes as many
+samples as it has rows, from where the step before it ended. `shuffle` reads every window of an epoch once. Its order is
+a keyed permutation of the windows' numbers, computed where it is needed and never stored, so it costs the same for 10^4
+and for 10^11 tokens.
 """
 
 import contextlib
@@ -13,10 +14,10 @@ import math
 import mmap
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,9 +25,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Integer, UInt64
+from jaxtyping import Float, Integer, UInt64
 
-from jaxgpt import UserError
+from jaxgpt import UserError, local_path
 from jaxgpt.config import DataConfig
 from jaxgpt.sharding import BATCH_AXES, data_shards
 from jaxgpt.tokenizer import (
@@ -45,14 +46,16 @@ U64 = np.uint64
 # Windows are small and far apart. Unadvised, the kernel reads far ahead at each, 8 MB on some machines; told of all of
 # a batch's windows beforehand, it reads just these, at once. 480 rows that are not in memory: 2,200 ms become 14.
 ADVISE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
+HEADER_BYTES, HEADER_MAGIC = 1024, 20240520  # of FineWeb10B's files (llm.c): 256 int32, of which magic, version, count
 DIGEST_LIMIT_BYTES = 64 << 20  # a split up to this size has its digests checked when it is opened (about 50 ms)
 
 
 class Corpus:
     """One split, memory-mapped. `len` is its number of tokens."""
 
-    def __init__(self, paths: Sequence[Path], meta: Meta, vocab_size: int):
-        self.paths, self.meta, self.vocab_size = list(paths), meta, vocab_size
+    def __init__(self, paths: Sequence[Path], meta: Meta, vocab_size: int, headers: Sequence[int]):
+        """headers: bytes before the first token of each file."""
+        self.paths, self.meta, self.vocab_size, self._headers = list(paths), meta, vocab_size, headers
         self.dtype = np.dtype(meta.dtype)
         self._maps = []
         for path in self.paths:
@@ -60,14 +63,16 @@ class Corpus:
                 self._maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
             if ADVISE:
                 self._maps[-1].madvise(mmap.MADV_RANDOM)
-        self._shards = [np.frombuffer(each, self.dtype.newbyteorder("<")) for each in self._maps]
+        dtype = self.dtype.newbyteorder("<")
+        self._shards = [np.frombuffer(x, dtype, offset=h) for x, h in zip(self._maps, headers, strict=True)]
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
 
     @classmethod
     def open(
         cls, data_dir: str | Path, split: str, *, block_size: int, vocab_size: int, meta: Meta | None = None
     ) -> "Corpus":
-        """The shards that meta.json lists for `split` ("train", "val"), else `split`.bin, else `split`_*.bin by name.
+        """The shards that meta.json lists for `split` ("train", "val"), else `split`.bin, else `split`_*.bin by name,
+        else *_`split`_*.bin, as FineWeb10B's are named.
 
         meta: the folder's, where it has been read already.
         UserError: nothing there; a file that is missing, truncated, foreign or altered (by digest, for small splits:
@@ -76,7 +81,8 @@ class Corpus:
         folder = Path(data_dir)
         meta = meta or corpus_meta(folder, vocab_size)
         single = folder / f"{split}.bin"
-        found = [single] * single.exists() + sorted(folder.glob(f"{split}_*.bin"))
+        named = [[single] * single.exists(), *(sorted(folder.glob(f"{how}{split}_*.bin")) for how in ("", "*_"))]
+        found = list(chain(*named))
         tokens = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
         paths = list(tokens) or found
         if not paths:
@@ -85,12 +91,16 @@ class Corpus:
             raise UserError(
                 f"{min(foreign)} is not of the corpus in meta.json; move it away or prepare the corpus again"
             )
-        if single in paths and len(paths) > 1:
-            raise UserError(f"{folder} holds both {single.name} and {paths[1].name}; move one corpus away")
-        width = np.dtype(meta.dtype).itemsize
+        firsts = [files[0].name for files in named if files]
+        if not tokens and len(firsts) > 1:
+            raise UserError(f"{folder} holds both {firsts[0]} and {firsts[1]}; move one corpus away")
+        width, headers = np.dtype(meta.dtype).itemsize, []
         for path in paths:
             size = path.stat().st_size if path.is_file() else 0
-            if size == 0 or size != width * tokens.get(path, size // width):
+            plain = path in tokens and size == width * tokens[path]
+            headers.append(0 if plain or width != 2 or size < HEADER_BYTES else _header(path, size))
+            count = tokens.get(path, (size - headers[-1]) // width)
+            if size == 0 or size != headers[-1] + width * count:
                 expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
                 what = f"has {size:,} bytes, not {expected}" if size else "is missing or empty"
                 raise UserError(f"{path} {what}: it is truncated or damaged; run its prepare.py again")
@@ -99,7 +109,7 @@ class Corpus:
                 f"{folder} has a vocabulary of {meta.vocab_size:,}, the model one of {vocab_size:,}; "
                 f"train a model with vocab_size={meta.vocab_size} or prepare the corpus with the model's tokenizer"
             )
-        corpus = cls(paths, meta, vocab_size)
+        corpus = cls(paths, meta, vocab_size, headers)
         if len(corpus) < block_size + 1:
             raise UserError(
                 f"{paths[0]}: {split} has {len(corpus):,} tokens, fewer than one window of block_size + 1 = "
@@ -124,12 +134,15 @@ class Corpus:
             self.read(np.array([start + int(shard.argmax())]), 1)
 
     def facts(self) -> dict[str, str]:
-        """What tells each file from another: its size, and a digest of 64 samples of 4 KiB from end to end."""
+        """What tells each file from another: its size, a digest of 64 samples of 4 KiB from end to end, and the sha256
+        that meta.json records."""
+        sha256 = {shard["file"]: shard["sha256"] for shards in self.meta.shards.values() for shard in shards}
         found = {}
         for path, file in zip(self.paths, self._maps, strict=True):
             starts = [max(0, len(file) - 4096) * i // 63 for i in range(64)]
             digest = hashlib.sha256(b"".join(file[start : start + 4096] for start in starts)).hexdigest()
-            found[path.name] = f"{len(file):,} bytes, digest {digest[:16]}"
+            recorded = f", sha256 {sha256[path.name][:16]}" if path.name in sha256 else ""
+            found[path.name] = f"{len(file):,} bytes, digest {digest[:16]}{recorded}"
         return found
 
     def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
@@ -140,8 +153,8 @@ class Corpus:
         rows = np.empty((len(starts), width), self.dtype)
         places = [self._locate(start) for start in starts.tolist()]
         for shard, offset in places if ADVISE else ():
-            begin = offset * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-            end = (offset + width) * self.dtype.itemsize
+            start = self._headers[shard] + offset * self.dtype.itemsize
+            begin, end = start // mmap.PAGESIZE * mmap.PAGESIZE, start + width * self.dtype.itemsize
             self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, end - begin)
         for row, (shard, offset) in zip(rows, places, strict=True):
             done = 0
@@ -162,6 +175,18 @@ class Corpus:
         """The shard with this token of the corpus, and the token's offset in it."""
         shard = bisect_right(self._starts, position) - 1
         return shard, position - self._starts[shard]
+
+
+def _header(path: Path, size: int) -> int:
+    """Bytes before the first token. UserError where a FineWeb10B file's own count of tokens is not its length."""
+    with open(path, "rb") as f:
+        magic, version, count = np.frombuffer(f.read(12), "<i4").tolist()
+    if magic != HEADER_MAGIC:
+        return 0
+    if version != 1 or size != HEADER_BYTES + 2 * count:
+        what = f"{count:,} tokens, but {(size - HEADER_BYTES) // 2:,} follow" if version == 1 else f"version {version}"
+        raise UserError(f"{path}: its header says {what}: it is truncated or damaged; download it again")
+    return HEADER_BYTES
 
 
 def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
@@ -287,8 +312,31 @@ def _permute(places: UInt64[np.ndarray, " m"], n: int, keys: UInt64[np.ndarray, 
     return images
 
 
+class Windows:
+    """The consecutive windows of a split: window i has tokens i · block_size … (i + 1) · block_size.
+
+    They are read in calls of `rows`, in micro-batches of `micro_rows`; window 0 fills the last ones. `weights` (calls,
+    micro-batches) makes the mean over all windows of the micro-batches' means: the last micro-batch with other windows
+    counts in full, and one of window 0 alone takes off what that counted of it.
+    """
+
+    def __init__(self, corpus: Corpus, *, rows: int, micro_rows: int, block_size: int):
+        self.corpus, self.rows, self.block_size, self.dtype = corpus, rows, block_size, corpus.dtype
+        self.count = (len(corpus) - 1) // block_size
+        whole, rest = divmod(self.count, micro_rows)
+        shares = [micro_rows / self.count] * (whole + bool(rest)) + [(rest - micro_rows) / self.count] * bool(rest)
+        self.calls = -(-len(shares) * micro_rows // rows)
+        shares += [0.0] * (self.calls * rows // micro_rows - len(shares))
+        self.weights = np.array(shares).reshape(self.calls, -1)
+
+    def rows_at(self, call: int, lo: int, hi: int) -> Integer[np.ndarray, "rows width"]:
+        """Rows lo … hi-1 of a call's `rows`, each of block_size + 1 tokens."""
+        windows = np.arange(call * self.rows + lo, call * self.rows + hi)
+        return self.corpus.read(np.where(windows < self.count, windows, 0) * self.block_size, self.block_size + 1)
+
+
 def place(
-    batches: Batches, step: int, *, steps: int = 1, micro_steps: int, sharding: jax.sharding.Sharding
+    batches: Batches | Windows, step: int, *, steps: int = 1, micro_steps: int, sharding: jax.sharding.Sharding
 ) -> Integer[jax.Array, "K A B T1"]:
     """The rows of K=steps steps from `step` on, each as A=micro_steps of B rows; a process reads only its own rows."""
     per_micro = batches.rows // micro_steps
@@ -308,7 +356,17 @@ def corpus_folders(config: DataConfig) -> list[Path]:
     names = [name for name, _ in parse_mixture(config.dataset)]
     if config.data_dir and len(names) > 1:
         raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
-    return [Path(config.data_dir or f"data/{name}") for name in names]
+    return [local_path(config.data_dir or f"data/{name}") for name in names]
+
+
+def check_same_corpora(recorded: Mapping[str, str], found: Mapping[str, str], run: str | Path) -> None:
+    """UserError naming the first of RunData.facts that is not what the run recorded. Older runs recorded none."""
+    for name in [*recorded, *found] if recorded else []:
+        if recorded.get(name) != found.get(name):
+            raise UserError(
+                f"the run in {run} was trained on another corpus: {name} was {recorded.get(name, 'not there')} and is "
+                f"{found.get(name, 'not there')} now; put that one back, or start a new run with init_from={run}"
+            )
 
 
 class RunData:
@@ -325,7 +383,7 @@ class RunData:
         names, weights = zip(*parse_mixture(config.dataset), strict=True)
         folders = corpus_folders(config)
         metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]
-        self._names, self._folder = names, folders[0]
+        self._names, self._weights, self._folder = names, weights, folders[0]
         self.meta, self.vocab_size = metas[0], vocab_size or max(meta.vocab_size for meta in metas)
         size, rows = block_size, config.batch_size * config.gradient_accumulation_steps
         opened = {"block_size": size, "vocab_size": self.vocab_size}
@@ -333,18 +391,30 @@ class RunData:
             [Corpus.open(folder, split, meta=meta, **opened) for folder, meta in zip(folders, metas, strict=True)]
             for split in ("train", "val")
         )
-        self.tokens_per_step = rows * size
+        self._val, self.tokens_per_step = val, rows * size
         self.train = Batches(train, weights, seed=config.seed, rows=rows, block_size=size, order=config.data_order)
         self._sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
-        # batches in one call of an evaluation: between calls it can be stopped
-        self._eval_micro_steps = max(n for n in range(1, 11) if config.eval_iters % n == 0)
-        self._eval_calls = config.eval_iters // self._eval_micro_steps
-        # the same windows at every evaluation, none of them from the training stream
-        rows = self._eval_micro_steps * config.batch_size * shards
-        drawn = {"seed": config.seed + 1, "rows": rows, "block_size": size, "order": "random"}
-        self._eval = {"train": Batches(train, weights, **drawn), "val": Batches(val, weights, **drawn)}
+        # The same windows at every evaluation, none of them from the training stream. Between calls it can be stopped.
+        micro_rows, shares = config.batch_size * shards, [float(weight) for weight in weights]
+        if iters := config.eval_iters:
+            a = max(n for n in range(1, 11) if iters % n == 0)
+            alike = np.full((iters // a, a), 1 / iters)
+
+            def drawn(corpora: list[Corpus], weights: Sequence[Fraction | int] = (1,)) -> tuple[Batches, np.ndarray]:
+                seed = config.seed + 1
+                rows = a * micro_rows
+                return Batches(corpora, weights, seed=seed, rows=rows, block_size=size, order="random"), alike
+
+            of_val = [drawn([corpus]) for corpus in val]
+            self._eval = {"train": [drawn(train, weights)], "val": [drawn(val, weights)]}
+        else:
+            needed = max((len(corpus) - 1) // size // micro_rows + 2 for corpus in val)  # micro-batches
+            how = {"rows": min(10, needed) * micro_rows, "micro_rows": micro_rows, "block_size": size}
+            whole = [Windows(corpus, **how) for corpus in val]
+            of_val = [(windows, windows.weights) for windows in whole]
+            self._eval = {"val": [(x, share * w) for (x, w), share in zip(of_val, shares, strict=True)]}
         if len(names) > 1:
-            self._eval |= {f"val_{name}": Batches(c, **drawn) for name, c in zip(names, val, strict=True)}
+            self._eval |= {f"val_{name}": [each] for name, each in zip(names, of_val, strict=True)}
 
     def batch(self, step: int, steps: int = 1) -> Integer[jax.Array, "K A B T1"]:
         """The training batches of K=steps optimizer steps from `step` on."""
@@ -364,16 +434,35 @@ class RunData:
         return jax.ShapeDtypeStruct(shape, self.train.dtype, sharding=self._sharding)
 
     def eval_batches(self) -> dict[str, list[Integer[jax.Array, "1 A B T1"]]]:
-        """For each split the eval_iters batches of its estimate, A=10 or a few less in an array; of a mixture, each
-        validation corpus alone as well."""
-        how = {"micro_steps": self._eval_micro_steps, "sharding": self._sharding}
-        calls = range(self._eval_calls)
-        return {split: [place(batches, n, **how) for n in calls] for split, batches in self._eval.items()}
+        """For each split the batches of its estimate, A=10 or a few less in an array.
+
+        These are eval_iters random ones of each split or, with eval_iters=0, all windows of the validation split. Of a
+        mixture, each validation corpus alone comes as well.
+        """
+        return {
+            split: [
+                place(batches, call, micro_steps=weights.shape[1], sharding=self._sharding)
+                for batches, weights in parts
+                for call in range(len(weights))
+            ]
+            for split, parts in self._eval.items()
+        }
+
+    def eval_weights(self) -> dict[str, Float[np.ndarray, "calls A"]]:
+        """For each split the weights of its batches' mean losses in the split's loss; they sum to 1."""
+        return {split: np.concatenate([weights for _, weights in parts]) for split, parts in self._eval.items()}
 
     def facts(self) -> dict[str, str]:
-        """What tells these corpora from others, file by file."""
-        named = zip(self._names * 2, self.train.corpora + self._eval["val"].corpora, strict=True)
-        return {f"{name}/{file}": fact for name, corpus in named for file, fact in corpus.facts().items()}
+        """What tells these corpora from others: what their ids mean, their share of a mixture, and each file."""
+        found = {}
+        corpora = zip(self._names, self._weights, self.train.corpora, self._val, strict=True)
+        for name, weight, train, val in corpora:
+            prefix = f"{name}/" if len(self._names) > 1 else ""
+            found[f"{prefix}tokens"] = train.meta.identity or "unknown"
+            if prefix:
+                found[f"{prefix}share"] = str(weight)
+            found |= {prefix + file: fact for file, fact in (train.facts() | val.facts()).items()}
+        return found
 
     @property
     def tokenizer(self) -> Tokenizer:

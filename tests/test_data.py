@@ -20,7 +20,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from jaxgpt import UserError, data
-from jaxgpt.data import Batches, Corpus, _mix, _permute, parse_mixture, place, prefetch
+from jaxgpt.config import DataConfig
+from jaxgpt.data import (
+    Batches,
+    Corpus,
+    RunData,
+    Windows,
+    _mix,
+    _permute,
+    check_same_corpora,
+    parse_mixture,
+    place,
+    prefetch,
+)
 from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, write_meta
 
 VOCAB = 60_000
@@ -234,6 +246,200 @@ def test_uint32_corpora(folder):
     corpus = corpus_of(folder / "wide", np.arange(100), dtype="<u4", block_size=8)
     batches = Batches(corpus, seed=1, rows=4, block_size=8)
     assert batches.rows_at(0).dtype == np.uint32 and (np.diff(batches.rows_at(0).astype(int)) == 1).all()
+
+
+# ---- The data's position is a number of samples
+
+
+PLANS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=1, max_size=6)
+
+
+@given(st.integers(40, 700), PLANS, st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_a_run_of_changing_batch_sizes_reads_the_same_samples(folder, n, plan, seed):
+    """(rows, steps) one after the other, each going on where the one before ended: sample by sample what a run of one
+    row a step reads, so that no window of an epoch is read twice or never."""
+    corpus = corpus_of(folder / "resumed", np.arange(n), block_size=4)
+    step, sample, read = 0, 0, []
+    for rows, steps in plan:
+        batches = Batches(corpus, seed=seed, rows=rows, block_size=4)
+        batches.begin(step, sample)
+        for _ in range(steps):
+            read += batches.rows_at(step).tolist()
+            step += 1
+        sample = batches.samples(step)
+    one_by_one = Batches(corpus, seed=seed, rows=1, block_size=4)
+    assert sample == len(read) and read == [one_by_one.rows_at(i)[0].tolist() for i in range(sample)]
+    windows = max(1, (n - 4) // 4)
+    for epoch in range(sample // windows):
+        starts = [row[0] for row in read[epoch * windows : (epoch + 1) * windows]]
+        assert len(set(starts)) == windows
+
+
+@pytest.mark.parametrize("plan", [[(8, 128)], [(8, 64), (16, 32)], [(16, 32), (8, 64)], [(8, 3), (24, 41), (2, 8)]])
+def test_no_window_twice_and_none_left_out(folder, plan):
+    """A report of 2026: after a batch size changed on resume, 237 windows of 1,024 were read twice and 237 never."""
+    corpus = corpus_of(folder / "reported", np.arange(16 * 1025 + 1) // 16, block_size=16)
+    step, sample, seen = 0, 0, Counter()
+    for rows, steps in plan:
+        batches = Batches(corpus, seed=1, rows=rows, block_size=16)
+        batches.begin(step, sample)
+        for _ in range(steps):
+            seen.update(batches.rows_at(step)[:, 5].tolist())
+            step += 1
+        sample = batches.samples(step)
+    assert sample == 1024 and set(seen.values()) == {1}
+
+
+@given(st.sampled_from([(8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]), PLANS)
+@settings(max_examples=10, deadline=None)
+def test_placed_batches_go_on_too(folder, mesh, plan):
+    """Whatever the mesh: the rows of a step are those of its samples, over several steps in a call."""
+    corpus = corpus_of(folder / "placed", np.arange(3000), block_size=8)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    spec = PartitionSpec(None, None, ("data", "fsdp"), None)
+    sharding = NamedSharding(jax.make_mesh(mesh, ("data", "fsdp", "tensor"), axis_types=auto), spec)
+    one_by_one = Batches(corpus, seed=3, rows=1, block_size=8)
+    step = sample = 0
+    for rows, _ in plan:
+        batches = Batches(corpus, seed=3, rows=rows * 8, block_size=8)
+        batches.begin(step, sample)
+        placed = np.asarray(place(batches, step, steps=2, micro_steps=1, sharding=sharding)).reshape(-1, 9)
+        expected = [one_by_one.rows_at(sample + i)[0].tolist() for i in range(rows * 16)]
+        assert placed.tolist() == expected
+        step, sample = step + 2, batches.samples(step + 2)
+
+
+# ---- Evaluation over the whole split
+
+
+@given(st.integers(2, 400), st.integers(1, 9), st.integers(1, 7), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_weights_make_the_mean_over_all_windows(folder, n, block, micro_rows, micro_steps):
+    """However many windows there are: every one counts the same, though window 0 fills the last calls."""
+    block = min(block, n - 1)
+    corpus = corpus_of(folder / "whole", np.arange(n) * 7 % 1000, block_size=block, split="val")
+    windows = Windows(corpus, rows=micro_rows * micro_steps, micro_rows=micro_rows, block_size=block)
+    rows = np.stack([windows.rows_at(call, 0, windows.rows) for call in range(windows.calls)])
+    tokens = np.arange(n) * 7 % 1000
+    expected = [tokens[i * block : (i + 1) * block + 1].tolist() for i in range((n - 1) // block)]
+    assert rows.reshape(-1, block + 1)[: windows.count].tolist() == expected
+    losses = np.sin(rows.astype(float)).sum(-1)  # any function of a row
+    means = losses.reshape(windows.calls, micro_steps, micro_rows).mean(-1)
+    assert windows.weights.shape == means.shape and np.isclose(windows.weights.sum(), 1)
+    assert np.isclose((windows.weights * means).sum(), np.sin(np.array(expected, float)).sum(-1).mean())
+
+
+def config_of(**values) -> DataConfig:
+    return DataConfig(**({"batch_size": 3, "gradient_accumulation_steps": 8, "seed": 1} | values))
+
+
+@pytest.mark.parametrize("eval_iters", [0, 1, 7, 30])
+def test_evaluations_of_a_run(folder, tmp_path, mesh, monkeypatch, eval_iters):
+    """eval_iters=0: the whole validation split, not a window twice, and nothing of the training split."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("ab"):
+        for split, n in (("train", 500), ("val", 4 * 663 + 2)):
+            corpus_of(tmp_path / "data" / name, np.arange(n) + 3000 * i, block_size=4, split=split)
+    data = RunData(config_of(dataset="a", eval_iters=eval_iters), 4, mesh)
+    batches, weights = data.eval_batches(), data.eval_weights()
+    assert batches.keys() == weights.keys() == ({"val"} if eval_iters == 0 else {"train", "val"})
+    for split, calls in batches.items():
+        assert len({(call.shape, call.dtype) for call in calls}) == 1 and weights[split].shape[0] == len(calls)
+        rows = np.stack([np.asarray(call)[0] for call in calls])
+        mean = (weights[split] * rows[..., 0].mean(-1)).sum()  # of each window's first token
+        if eval_iters == 0:
+            assert len(np.unique(rows[..., 0])) == 663 and np.isclose(mean, 4 * 331)
+        else:
+            assert weights[split].size == eval_iters and np.isclose(mean, rows[..., 0].mean())
+
+    both = RunData(config_of(dataset="a:0.75,b:0.25", eval_iters=eval_iters), 4, mesh)
+    batches, weights = both.eval_batches(), both.eval_weights()
+    assert batches.keys() - {"train"} == {"val", "val_a", "val_b"}
+    means = {}
+    for split, calls in batches.items():
+        firsts = np.stack([np.asarray(call)[0, ..., 0] for call in calls]).astype(float)
+        assert np.isclose(weights[split].sum(), 1)
+        means[split] = (weights[split] * firsts.mean(-1)).sum()
+    if eval_iters == 0:
+        assert np.isclose(means["val"], 0.75 * means["val_a"] + 0.25 * means["val_b"])
+
+
+# ---- What a run was trained on
+
+
+def test_a_run_tells_its_corpora_from_others(tmp_path, mesh, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def facts(dataset: str = "a", **values) -> dict[str, str]:
+        return RunData(config_of(dataset=dataset, **values), 4, mesh).facts()
+
+    for name in "ab":
+        for split in ("train", "val"):
+            corpus_of(tmp_path / "data" / name, np.arange(500), block_size=4, split=split)
+        write_meta(tmp_path / "data" / name, Meta(VOCAB, "none"))
+    recorded = facts()
+    assert set(recorded) == {"tokens", "train.bin", "val.bin"}
+    (tmp_path / "data" / "a").rename(tmp_path / "data" / "moved")
+    for found in (facts("moved"), facts("x", data_dir="data/moved")):
+        check_same_corpora(recorded, found, "run")
+        check_same_corpora({}, found, "run")  # of before runs recorded any
+    corpus_of(tmp_path / "data" / "moved", np.arange(500)[::-1], block_size=4, split="val")
+    with pytest.raises(UserError, match="corpus: val.bin was 1,000 bytes, digest .* and is 1,000 bytes, digest"):
+        check_same_corpora(recorded, facts("moved"), "run")
+    write_meta(tmp_path / "data" / "b", meta_for(CharTokenizer([chr(0x4E00 + i) for i in range(500)]), "char"))
+    with pytest.raises(UserError, match="tokens was unknown and is [0-9a-f]{64} now; put that one back, or .*=run"):
+        check_same_corpora(recorded, facts("b"), "run")
+    corpus_of(tmp_path / "data" / "c", np.arange(500), block_size=4, split="train")
+    corpus_of(tmp_path / "data" / "c", np.arange(500), block_size=4, split="val")
+    write_meta(tmp_path / "data" / "c", Meta(VOCAB, "none"))
+    mixed = facts("moved:0.5,c:0.5")
+    assert "moved/train.bin" in mixed and mixed["c/share"] == "1/2"
+    with pytest.raises(UserError, match="moved/share was 1/2 and is 1/4 now"):
+        check_same_corpora(mixed, facts("moved:0.25,c:0.75"), "run")
+
+
+# ---- FineWeb10B's files
+
+
+def fineweb(path: Path, tokens: np.ndarray, count: int | None = None, version: int = 1) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def test_fineweb_files_are_read_as_they_are(tmp_path):
+    tokens = np.arange(5000) % 50257
+    for i, part in enumerate(np.split(tokens, [1700, 1701]), start=1):
+        fineweb(tmp_path / f"fineweb_train_{i:06}.bin", part)
+    fineweb(tmp_path / "fineweb_val_000000.bin", tokens[:100])
+    train = Corpus.open(tmp_path, "train", block_size=16, vocab_size=50257)
+    assert len(train) == 5000 and train.meta.tokenizer == "gpt2" and train.meta.eot == 50256
+    starts = np.arange(5000 - 17)
+    assert np.array_equal(train.read(starts, 17), np.lib.stride_tricks.sliding_window_view(tokens, 17)[:-1])
+    assert len(Corpus.open(tmp_path, "val", block_size=16, vocab_size=50257)) == 100
+    record = {"file": "fineweb_val_000000.bin", "tokens": 100, "sha256": ""}
+    record["sha256"] = hashlib.sha256((tmp_path / record["file"]).read_bytes()).hexdigest()
+    write_meta(tmp_path, Meta(50257, shards={"val": [record]}))
+    assert len(Corpus.open(tmp_path, "val", block_size=16, vocab_size=50257)) == 100
+    (tmp_path / "meta.json").unlink()
+
+    path = tmp_path / "fineweb_val_000000.bin"
+    for how, complaint in (
+        ({"count": 99}, "its header says 99 tokens, but 100 follow"),
+        ({"count": 101}, "its header says 101 tokens, but 100 follow"),
+        ({"version": 2}, "its header says version 2"),
+    ):
+        fineweb(path, tokens[:100], **how)
+        with pytest.raises(UserError, match=complaint):
+            Corpus.open(tmp_path, "val", block_size=16, vocab_size=50257)
+    fineweb(path, tokens[:100])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="its header says 100 tokens, but 99 follow"):
+        Corpus.open(tmp_path, "val", block_size=16, vocab_size=50257)
+    (tmp_path / "val.bin").write_bytes(bytes(200))
+    with pytest.raises(UserError, match="holds both val.bin and fineweb_val_000000.bin"):
+        Corpus.open(tmp_path, "val", block_size=16, vocab_size=50257)
 
 
 # ---- Mixtures

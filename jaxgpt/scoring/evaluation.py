@@ -1,4 +1,4 @@
-"""A run's own evaluations: mean losses of fixed batches of each split, and the scores of eval_tasks."""
+"""A run's own evaluations: mean losses of fixed batches of each split, or of the whole validation split; eval_tasks."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ class Evaluation:
     """Mean losses of fixed batches of every split, and the scores of eval_tasks."""
 
     def __init__(self, parts: Parts, data: RunData, mesh: Mesh):
-        self._data, self._batches = data, None
+        self._data, self._batches, self._weights = data, None, data.eval_weights()
         self._step = make_eval_step(parts.model, mesh)
         files = parse_tasks(parts.run.eval_tasks)
         self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
@@ -38,7 +38,7 @@ class Evaluation:
             for tokens in calls:
                 check()
                 losses.append(jax.device_get(self._step(params, tokens)))
-            scores[f"{split}_loss"] = float(np.mean(losses, dtype=np.float64))
+            scores[f"{split}_loss"] = float(np.sum(self._weights[split] * np.array(losses, np.float64)))
         scores["val_ppl"] = perplexity(scores["val_loss"])
         for name, task in self._tasks.items():
             scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}
