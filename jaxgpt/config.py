@@ -87,7 +87,7 @@ class RunConfig:
         "scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
         "folder: a run or a Hugging Face model",
     )
-    model: str = key("gpt2", "gpt2, or the path of a model file: see jaxgpt/models/__init__.py")
+    model: str = key("gpt2", "gpt2, modern, or the path of a model file: see jaxgpt/models/__init__.py")
     model_changed: bool = key(False, "accept a model file that differs from the one the run was started with")
     eval_interval: int = key(2000, "steps between evaluations, each followed by a checkpoint", least=1)
     eval_only: bool = key(False, "evaluate once and stop")

@@ -64,7 +64,7 @@ from jaxgpt.keys import key
 from jaxgpt.sharding import path_name
 
 Params = dict[str, Any]
-BUILT_IN = ("gpt2",)
+BUILT_IN = ("gpt2", "modern")
 GROUPS = ("matrix", "embedding", "head", "vector")
 
 
