@@ -187,7 +187,9 @@ def copy_of(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "hf", dirs_exist_ok=True))
 
 
-NAMES = sorted(f"transformer.{name}" for name in hf._table(dict(n_embd=24, vocab_size=131, block_size=40, n_layer=2)))
+NAMES = sorted(
+    f"transformer.{name}" for name in hf._table(dict(n_embd=24, vocab_size=131, block_size=40, n_layer=2, bias=True))
+)
 
 
 @settings(max_examples=25, deadline=None)

@@ -20,7 +20,7 @@ from jaxgpt.metrics import perplexity
 from jaxgpt.models import Params
 from jaxgpt.scoring.scorer import Row, Scorer, Scores
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.weights import hf
+from jaxgpt.weights.files import first_line
 from jaxgpt.weights.opening import OpenedModel
 
 METRICS = {
@@ -149,7 +149,7 @@ def _records(file: str, dataset: str, subset: str | None, split: str) -> list[An
             return [json.loads(line) for line in lines if line.strip()]
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         what = f"{file} cannot be read as JSON lines" if file else f"{dataset} cannot be fetched"
-        raise UserError(f"{what} ({hf.first_line(error)}); name a .jsonl or .jsonl.gz file: TASK=FILE") from None
+        raise UserError(f"{what} ({first_line(error)}); name a .jsonl or .jsonl.gz file: TASK=FILE") from None
 
 
 def open_validation(model: OpenedModel, data_dir: str | None) -> Task:

@@ -5,23 +5,26 @@ Nothing is read before every tensor of the model has been accounted for by name,
 
 import hashlib
 import json
-import pickle
 import re
-import struct
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import UserError, optional
 from jaxgpt.config import GPT2_SIZES
 from jaxgpt.tokenizer import GPT2_FILES, GPT2_VOCAB_SIZE, Meta, token_dtype
+from jaxgpt.weights.files import (
+    Tensor,
+    first_line,
+    load_torch,
+    open_safetensors,
+    read_json,
+    save_safetensors,
+    torch_tensors,
+)
 
 # Of each module: its name, GPT-2's and ours; what we call its weight; GPT-2's shape of that, with V vocabulary,
 # T positions, C n_embd. All but the embeddings have a bias as well, of the last dimension's size. Matrices are (in,
@@ -64,7 +67,6 @@ OTHER_NAMES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings"
 GPT2_SMALL = {"vocab_size": GPT2_VOCAB_SIZE, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = re.compile(r"(B?F|torch\.b?float)(16|32|64)")  # as safetensors and torch name them
-SAFE_TORCH = (2, 10)  # before it weights_only=True could be escaped (GHSA-53q9-r3pm-6pq6, GHSA-63cw-57p8-fm3p)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -79,17 +81,9 @@ def _table(fields: Mapping[str, Any]) -> dict[str, tuple[tuple[str | int, ...], 
             name = module.format(i=i)
             path = tuple(int(key) if key.isdigit() else key for key in name.split("."))
             table[f"{name}.weight"] = (*path, leaf), shape
-            if leaf != "embedding":
+            if leaf != "embedding" and fields["bias"]:
                 table[f"{name}.bias"] = (*path, "bias"), shape[-1:]
     return table
-
-
-class Tensor(NamedTuple):
-    """A tensor in a file. `read` brings it onto the host."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 class Weights(NamedTuple):
@@ -133,24 +127,36 @@ def open_weights(source: str) -> Weights:
         raise UserError(f"{source} is neither {', '.join(GPT2_SIZES)} nor a folder with a run or a model (config.json)")
     config = read_json(path)
     fields = _fields(config, path)
+    tied = config.get("tie_word_embeddings", True)
+    tensors = account(_open_files(folder), fields, str(folder), tied=tied)
+    return Weights(folder, fields, _meta(folder, fields["vocab_size"], config), tensors)
+
+
+def account(
+    stored: Iterable[tuple[str, Tensor]], fields: Mapping[str, Any], source: str, *, tied: bool = True
+) -> dict[str, Tensor]:
+    """Every tensor of a GPT-2 by its name, taken out of what is stored under these names, with `transformer.` or not.
+
+    tied: whether lm_head.weight may stand for wte.weight. UserError, naming `source` and the tensor: one is missing,
+    unknown, given twice, of another shape or no float, or lm_head is not wte.
+    """
     wanted = _table(fields)
     wanted[HEAD] = wanted[TABLE_NAME]
     tensors: dict[str, Tensor] = {}
     problems = []
-    for stored, tensor in _open_files(folder):
-        name = stored.removeprefix("transformer.")
+    for full_name, tensor in stored:
+        name = full_name.removeprefix("transformer.")
         if NOT_WEIGHTS.fullmatch(name):
             continue
         if name in tensors:
             problems.append(f"{name} is given twice")
         elif name not in wanted:
-            problems.append(f"{stored} is no tensor of GPT-2")
+            problems.append(f"{full_name} is no tensor of GPT-2")
         elif tensor.shape != wanted[name][1]:
-            problems.append(f"{stored} has shape {tensor.shape}, its config.json means {wanted[name][1]}")
+            problems.append(f"{full_name} has shape {tensor.shape}, its config means {wanted[name][1]}")
         elif not FLOATS.fullmatch(tensor.dtype):
-            problems.append(f"{stored} is stored as {tensor.dtype}; only float weights are supported")
+            problems.append(f"{full_name} is stored as {tensor.dtype}; only float weights are supported")
         tensors[name] = tensor
-    tied = config.get("tie_word_embeddings", True)
     if HEAD in tensors and tied:  # safetensors.torch.save_model keeps this one of the two names
         tensors.setdefault(TABLE_NAME, tensors[HEAD])
     elif not tied and HEAD not in tensors:
@@ -158,27 +164,11 @@ def open_weights(source: str) -> Weights:
     problems += [f"{name} is missing" for name in wanted if name not in tensors and name != HEAD]
     if problems:
         more = f" (and {len(problems) - 1} problems more)" if problems[1:] else ""
-        raise UserError(f"{folder}: {problems[0]}{more}; these are not a whole GPT-2's weights")
+        raise UserError(f"{source}: {problems[0]}{more}; these are not a whole GPT-2's weights")
     head, table = tensors.pop(HEAD, None), tensors[TABLE_NAME]
     if head and head is not table and not np.array_equal(head.read(), table.read(), equal_nan=True):
-        raise UserError(f"{folder}: {HEAD} differs from {TABLE_NAME}; GPT-2 ties them, untied weights cannot be used")
-    return Weights(folder, fields, _meta(folder, fields["vocab_size"], config), tensors)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. UserError if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; fetch it again")
-    return value
+        raise UserError(f"{source}: {HEAD} differs from {TABLE_NAME}; GPT-2 ties them, untied weights cannot be used")
+    return tensors
 
 
 def _fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -264,75 +254,25 @@ def _open_files(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in [folder / name for name in names]:
         if not path.is_file():
             raise UserError(f"{path} is missing, but {found.name} lists it; fetch it again")
-        yield from _open_torch(path) if path.suffix == ".bin" else _open_safetensors(path)
-
-
-def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    safetensors = optional("safetensors", "jaxgpt[hf]", path)
-
-    def read(name: str) -> np.ndarray:
-        with safetensors.safe_open(path, framework="numpy") as file:  # each time: closing it gives the pages read back
-            return file.get_tensor(name)
-
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                described = file.get_slice(name)
-                yield name, Tensor(tuple(described.get_shape()), described.get_dtype(), partial(read, name))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); fetch it again") from None
-
-
-def _open_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """A torch file, unpickled by torch's reader of tensors alone: code in it is refused, never run."""
-    torch = optional("torch", "torch", path)
-    if torch.__version__ < SAFE_TORCH:
-        raise UserError(
-            f"{path} is a pickle, and torch {torch.__version__} cannot read one safely; "
-            "run: pip install 'torch>=2.10', or use the model's .safetensors"
-        )
-    try:
-        mmap = zipfile.is_zipfile(path)  # as torch writes since 1.6
-        with warnings.catch_warnings(action="ignore"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is damaged, or asks for code besides tensors and is not safe to read") from None
-    except (RuntimeError, OSError, ValueError, EOFError, LookupError, AttributeError, TypeError, struct.error) as error:
-        raise UserError(f"{path} is truncated or damaged ({first_line(error)}); fetch it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise UserError(f"{path} is not a model's state: a dictionary of tensors")
-
-    for name, t in tensors.items():
-        if t.is_meta or t.is_nested or t.layout != torch.strided:
-            kind = "meta" if t.is_meta else "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
-            raise UserError(f"{path}: {name} is a {kind} tensor; only dense weights are supported")
-
-    def read(tensor) -> np.ndarray:
-        tensor = tensor.detach()  # an nn.Parameter
-        if tensor.dtype == torch.bfloat16:  # unknown to torch's numpy bridge
-            return tensor.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
-
-    yield from ((name, Tensor(tuple(t.shape), str(t.dtype), partial(read, t))) for name, t in tensors.items())
+        yield from torch_tensors(path, load_torch(path)) if path.suffix == ".bin" else open_safetensors(path)
 
 
 def save_weights(folder: Path, params: Any, fields: Mapping[str, Any], *, dtype: str, eot: int | None) -> None:
     """Writes model.safetensors, config.json and generation_config.json as transformers does.
 
     params: ours, on the host or on devices. fields: of GPTConfig. A model without biases gets zeros for them: the same
-    function. UserError if a weight does not fit dtype.
+    function. UserError if a weight does not fit dtype; OSError if they cannot be written.
     """
-    safetensors = optional("safetensors.numpy", "jaxgpt[hf]", "writing a Hugging Face model")
     ours = {tuple(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     tensors = {}
-    for name, (path, shape) in _table(fields).items():
+    for name, (path, shape) in _table({**fields, "bias": True}).items():
         tensor = np.asarray(ours.get(path, np.zeros(shape, np.float32)))
         tensor = np.ascontiguousarray(tensor.reshape(-1, *shape[1:])[: shape[0]])
         with np.errstate(over="ignore"):
             tensors["transformer." + name] = cast = tensor.astype(dtype, copy=False)
         if np.isfinite(tensor).all() and not np.isfinite(cast).all():
             raise UserError(f"{name} has values too large for {dtype}; choose bfloat16 or float32")
-    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_safetensors(folder / "model.safetensors", tensors)
     ids = {"bos_token_id": eot, "eos_token_id": eot}
     config = {
         "architectures": ["GPT2LMHeadModel"],

@@ -18,6 +18,7 @@ from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
 from jaxgpt.tokenizer import Meta, Tokenizer, corpus_meta, load_tokenizer
 from jaxgpt.weights import hf
+from jaxgpt.weights.files import read_json
 
 Which = Literal["best", "latest"] | int  # a checkpoint of a run
 
@@ -120,7 +121,7 @@ def open_model(
     source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
     folder = Path(source)
     has_config = source not in GPT2_SIZES and (folder / "config.json").is_file()
-    if has_config and "model_type" not in hf.read_json(folder / "config.json"):
+    if has_config and "model_type" not in read_json(folder / "config.json"):
         weights, run = None, read_config(folder, model=model, model_changed=model_changed)
         meta = corpus_meta(folder)
     else:

@@ -1,0 +1,107 @@
+"""Tensors in files: safetensors, and torch's pickles without running code in them. Each is read when asked for."""
+
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import UserError, optional
+
+# weights_only=True could be escaped before torch 2.6 (GHSA-53q9-r3pm-6pq6) and before 2.10 (GHSA-63cw-57p8-fm3p)
+SAFE_TORCH = (2, 10)
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file. `read` brings it onto the host."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as the file names it: F32, torch.float32
+    read: Callable[[], np.ndarray]
+
+
+def open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a .safetensors file with their names. UserError if it is damaged."""
+    safetensors = optional("safetensors", "jaxgpt[hf]", path)
+
+    def read(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, framework="numpy") as file:  # each time: closing it gives the pages read back
+            return file.get_tensor(name)
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                described = file.get_slice(name)
+                yield name, Tensor(tuple(described.get_shape()), described.get_dtype(), partial(read, name))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); fetch it again") from None
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes contiguous arrays. Raises OSError if it cannot, a full disk included."""
+    safetensors = optional("safetensors", "jaxgpt[hf]", path.name)
+    numpy = optional("safetensors.numpy", "jaxgpt[hf]", path.name)
+    try:
+        numpy.save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers asks for a format
+    except safetensors.SafetensorError as error:  # whatever the disk said, in words
+        raise OSError(first_line(error)) from None
+
+
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain data; UserError for anything else, and no code in it runs."""
+    torch = optional("torch", "torch", path)
+    if torch.__version__ < SAFE_TORCH:
+        raise UserError(
+            f"{path} is a pickle, and torch {torch.__version__} cannot read one safely; "
+            "run: pip install 'torch>=2.10', or use the model's .safetensors"
+        )
+    try:
+        mmap = zipfile.is_zipfile(path)  # as torch writes since 1.6
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is damaged, or asks for code besides tensors and is not safe to read") from None
+    except (RuntimeError, OSError, ValueError, EOFError, LookupError, AttributeError, TypeError, struct.error) as error:
+        raise UserError(f"{path} is truncated or damaged ({first_line(error)}); fetch it again") from None
+
+
+def torch_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict, nn.Parameters included. `path` is where it came from. UserError if it is none."""
+    torch = optional("torch", "torch", path)
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path} is not a model's state: a dictionary of tensors")
+
+    def read(tensor) -> np.ndarray:
+        tensor = tensor.detach()  # an nn.Parameter
+        if tensor.dtype == torch.bfloat16:  # unknown to torch's numpy bridge
+            return tensor.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
+    for name, t in state.items():
+        if t.is_meta or t.is_nested or t.layout != torch.strided:
+            kind = "meta" if t.is_meta else "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is a {kind} tensor; only dense weights are supported")
+        yield str(name), Tensor(tuple(t.shape), str(t.dtype), partial(read, t))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. UserError if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; fetch it again")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
