@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from jaxgpt import UserError, convert, train
 from jaxgpt.config import default_config, save_config
 from jaxgpt.decoding import Generator, Sampling
-from jaxgpt.models.gpt2 import GPTConfig, bind, init_params
+from jaxgpt.models import bind, init_params
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, read_meta, write_meta

@@ -24,10 +24,12 @@ from torch.torch_version import TorchVersion
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from jaxgpt import UserError
-from jaxgpt.models.gpt2 import GPTConfig, abstract_params, bind
-from jaxgpt.sharding import make_mesh, tree_shardings
+from jaxgpt.models import bind
+from jaxgpt.models.gpt2 import GPTConfig
+from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import GPT2_URL
 from jaxgpt.weights import hf
+from jaxgpt.weights.opening import open_model, placed_params
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
 EOT = 0
@@ -63,9 +65,7 @@ def write(model: GPT2LMHeadModel, folder: Path, kind: str) -> Path:
 def load(folder: Path, mesh=None, **changes):
     weights = hf.open_weights(str(folder))
     config = GPTConfig(**(weights.fields | changes))
-    abstract = abstract_params(config)
-    shardings = tree_shardings(abstract, mesh or make_mesh(devices=jax.devices()[:1]))
-    return config, weights.params(jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings))
+    return config, weights.params(placed_params(config, mesh or make_mesh(devices=jax.devices()[:1])))
 
 
 def logits(config, params, tokens) -> np.ndarray:
@@ -138,9 +138,11 @@ def test_weights_land_on_the_shards_of_any_mesh(tmp_path, mesh):
 
 def test_positions_can_be_cropped(tmp_path):
     model = random_gpt2()
-    config, params = load(write(model, tmp_path / "hf", "safetensors"), block_size=16)
+    folder = write(model, tmp_path / "hf", "safetensors")
+    ours = open_model(init_from=str(folder), mesh=make_mesh(devices=jax.devices()[:1]), dtype="float32", block_size=16)
     tokens = np.arange(16)[None]
-    np.testing.assert_allclose(logits(config, params, tokens), torch_logits(model, tokens), rtol=0, atol=2e-5)
+    ours_logits = logits(ours.config, ours.params, tokens)
+    np.testing.assert_allclose(ours_logits, torch_logits(model, tokens), rtol=0, atol=2e-5)
 
 
 def bits(x: torch.Tensor) -> np.ndarray:

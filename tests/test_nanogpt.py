@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from jaxgpt import UserError
-from jaxgpt.models.gpt2 import GPTConfig, abstract_params, bind
-from jaxgpt.sharding import make_mesh, tree_shardings
+from jaxgpt.models import bind
+from jaxgpt.models.gpt2 import GPTConfig
+from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import CharTokenizer, meta_for, write_meta
 from jaxgpt.weights.nanogpt import open_checkpoint
+from jaxgpt.weights.opening import placed_params
 
 torch.set_num_threads(1)
 CHARACTERS = "\n abcdefghijklm"
@@ -70,9 +72,7 @@ def corpus(folder: Path, characters: str = CHARACTERS) -> str:
 def our_logits(path: Path, data_dir: str | None, tokens: np.ndarray) -> np.ndarray:
     weights, _ = open_checkpoint(path, data_dir)
     config = GPTConfig(**weights.fields)
-    abstract = abstract_params(config)
-    shardings = tree_shardings(abstract, make_mesh(devices=jax.devices()[:1]))
-    params = weights.params(jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings))
+    params = weights.params(placed_params(config, make_mesh(devices=jax.devices()[:1])))
     return np.asarray(jax.jit(lambda p, x: bind(config, p)(x)[0])(params, tokens))
 
 

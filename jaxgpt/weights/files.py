@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +19,9 @@ from jaxgpt import UserError, optional
 
 # weights_only=True could be escaped before torch 2.6 (GHSA-53q9-r3pm-6pq6) and before 2.10 (GHSA-63cw-57p8-fm3p)
 SAFE_TORCH = (2, 10)
+
+
+FLOATS = re.compile(r"(B?F|torch\.b?float)(16|32|64)")  # as safetensors and torch name them
 
 
 class Tensor(NamedTuple):
@@ -52,6 +57,44 @@ def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         numpy.save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers asks for a format
     except safetensors.SafetensorError as error:  # whatever the disk said, in words
         raise OSError(first_line(error)) from None
+
+
+def save_params(path: Path, params: Any) -> None:
+    """Writes parameters by our names, `h.0.attn.c_attn.kernel`. Raises OSError if it cannot."""
+    arrays = {_name(keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(params)}
+    save_safetensors(path, {name: np.ascontiguousarray(x) for name, x in arrays.items()})
+
+
+class ParamsFile(NamedTuple):
+    """Parameters in a file of `save_params`."""
+
+    path: Path
+
+    def params(self, abstract: Any) -> Any:
+        """The parameters: `abstract` gives shape, dtype and sharding of each.
+
+        UserError, naming the first one, where a parameter is missing, unknown, of another shape or no float.
+        """
+        stored = dict(open_safetensors(self.path))
+        wanted = {_name(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(abstract)}
+        for name in wanted | stored:
+            if name not in stored or name not in wanted:
+                how = "unknown" if name in stored else "missing"
+                raise UserError(f"{self.path}: parameter {name} is {how}; the file is of another model")
+            if stored[name].shape != wanted[name].shape or not FLOATS.fullmatch(stored[name].dtype):
+                there = f"{stored[name].dtype}{[*stored[name].shape]}"
+                raise UserError(f"{self.path}: parameter {name} is {there}, the model's {[*wanted[name].shape]}")
+        return jax.tree_util.tree_map_with_path(lambda keys, x: place(stored[_name(keys)].read(), x), abstract)
+
+
+def place(array: np.ndarray, abstract: Any) -> jax.Array:
+    """An array of the host on the devices, with the dtype and sharding of `abstract`; each shard goes there alone."""
+    array = array.astype(abstract.dtype, copy=False)
+    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: array[index])
+
+
+def _name(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=".")
 
 
 def load_torch(path: Path) -> Any:

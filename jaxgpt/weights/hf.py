@@ -17,10 +17,12 @@ from jaxgpt import UserError, optional
 from jaxgpt.config import GPT2_SIZES
 from jaxgpt.tokenizer import GPT2_FILES, GPT2_VOCAB_SIZE, Meta, token_dtype
 from jaxgpt.weights.files import (
+    FLOATS,
     Tensor,
     first_line,
     load_torch,
     open_safetensors,
+    place,
     read_json,
     save_safetensors,
     torch_tensors,
@@ -66,7 +68,6 @@ OTHER_NAMES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings"
                "n_layer": "num_hidden_layers"}  # fmt: skip
 GPT2_SMALL = {"vocab_size": GPT2_VOCAB_SIZE, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FLOATS = re.compile(r"(B?F|torch\.b?float)(16|32|64)")  # as safetensors and torch name them
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -95,24 +96,20 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]  # by GPT-2's name
 
     def params(self, abstract: Any) -> Any:
-        """The parameters: `abstract` gives shape, dtype and sharding of each (see model.abstract_params).
+        """The parameters: `abstract` gives shape, dtype and sharding of each (see opening.placed_params).
 
-        wpe may ask for fewer positions than there are. One tensor at a time is on the host, and goes from there
-        straight onto the devices' shards.
+        One tensor at a time is on the host, and goes from there straight onto the devices' shards.
         """
         names = {path: name for name, (path, _) in _table(self.fields).items()}
 
-        def place(path, leaf) -> jax.Array:
+        def read(path, leaf) -> jax.Array:
             name = names[tuple(p.key for p in path)]
             tensor = self.tensors[name].read()
-            if name == TABLE_NAME:
+            if name == TABLE_NAME:  # the padding of the vocabulary
                 tensor = np.pad(tensor, ((0, leaf.shape[0] - len(tensor)), (0, 0)))
-            elif name == "wpe.weight":
-                tensor = tensor[: leaf.shape[0]]
-            ours = tensor.reshape(leaf.shape).astype(leaf.dtype, copy=False)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: ours[index])
+            return place(tensor.reshape(leaf.shape), leaf)
 
-        return jax.tree_util.tree_map_with_path(place, abstract)
+        return jax.tree_util.tree_map_with_path(read, abstract)
 
 
 def open_weights(source: str) -> Weights:

@@ -1,4 +1,4 @@
-"""Opens a model for whoever uses one: a run's folder, one of OpenAI's names, or a Hugging Face folder."""
+"""Opens a model for whoever uses one: a run, an export of ours, a Hugging Face folder, or one of OpenAI's names."""
 
 import argparse
 import dataclasses
@@ -18,28 +18,29 @@ from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
 from jaxgpt.tokenizer import Meta, Tokenizer, corpus_meta, load_tokenizer
 from jaxgpt.weights import hf
-from jaxgpt.weights.files import read_json
+from jaxgpt.weights.files import ParamsFile, read_json
 
+SAFETENSORS = "model.safetensors"  # in place of checkpoints/ in the folder of an exported model
 Which = Literal["best", "latest"] | int  # a checkpoint of a run
 
 
 @dataclasses.dataclass
 class OpenedModel:
-    """A model to use: its shape is known; parameters and tokenizer are loaded when first asked for.
-
-    So whatever is wrong with the tokenizer, the corpus or the settings shows before gigabytes are read.
+    """A model to use. Its shape is known; parameters and tokenizer are loaded when first asked for, so that mistakes
+    about the tokenizer, the corpus or the settings show before gigabytes are read.
     """
 
     source: str  # the name or folder it came from
     folder: Path
     meta: Meta  # of its tokenizer
-    run_config: ConfigDict  # a run's, or the defaults with the shape of a Hugging Face model
+    run_config: ConfigDict  # a run's or an export's, or the defaults with the shape of a Hugging Face model
     config: ModelConfig
-    weights: hf.Weights | None  # of a Hugging Face model; a run has none
+    weights: hf.Weights | ParamsFile | None  # a Hugging Face model's or an export's; a run has checkpoints
     mesh: Mesh
     which: Which
     param_dtype: str
     step: int | None = None  # of a run's checkpoint, once `params` have been read
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # and what it records: val_loss, source
 
     def adopt(self, config: ConfigDict) -> None:
         """Fits the config of a run that starts from these weights: sizes that are 0 there become the weights'.
@@ -81,20 +82,23 @@ class OpenedModel:
 
         A model of fewer positions than the stored one takes the first rows of what is longer there.
         """
-
-        def placed(config: ModelConfig) -> Params:
-            shapes = abstract_params(config)
-            specs = param_specs(shapes, roles(config, shapes), self.mesh)
-            return jax.tree.map(lambda x, spec: x.update(sharding=NamedSharding(self.mesh, spec)), shapes, specs)
-
-        wanted = cast_params(self.config, placed(self.config), self.param_dtype)
-        if self.weights:
-            return self.weights.params(wanted)
-        field = "average" if self.run_config.average_decay else "params"
-        stored = placed(dataclasses.replace(self.config, block_size=self.run_config.block_size))
-        state, _, self.step = Checkpoints(self.folder).restore({field: stored}, self.which)
-        params = cast_params(self.config, state[field], self.param_dtype)
+        stored_config = dataclasses.replace(self.config, block_size=self.run_config.block_size)
+        wanted, stored = placed_params(self.config, self.mesh), placed_params(stored_config, self.mesh)
+        if self.weights is None:
+            field = "average" if self.run_config.average_decay else "params"
+            state, self.info, self.step = Checkpoints(self.folder).restore({field: stored}, self.which)
+            params = cast_params(self.config, state[field], self.param_dtype)
+        else:
+            stored = cast_params(self.config, stored, self.param_dtype)
+            params = self.weights.params(stored)
         return jax.tree.map(lambda x, to: x[tuple(map(slice, to.shape))] if x.shape != to.shape else x, params, wanted)
+
+
+def placed_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """The shapes, dtypes and shardings of a model's parameters."""
+    shapes = abstract_params(config)
+    specs = param_specs(shapes, roles(config, shapes), mesh)
+    return jax.tree.map(lambda x, spec: x.update(sharding=NamedSharding(mesh, spec)), shapes, specs)
 
 
 def open_model(
@@ -109,7 +113,8 @@ def open_model(
     model: str = "",
     model_changed: bool = False,
 ) -> OpenedModel:
-    """A run's folder (out_dir), or what init_from names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of either.
+    """The model in out_dir, a run's folder, or the one that init_from names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a
+    folder (a run, what `convert --to_safetensors` wrote, or a Hugging Face GPT-2).
 
     dtype: of the computation. param_dtype: in which the parameters are kept, by default the same: the computation casts
     them to it anyway, so that the results are the same to the bit. which: the checkpoint of a run. block_size: fewer
@@ -120,10 +125,12 @@ def open_model(
         raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
     source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
     folder = Path(source)
-    has_config = source not in GPT2_SIZES and (folder / "config.json").is_file()
-    if has_config and "model_type" not in read_json(folder / "config.json"):
-        weights, run = None, read_config(folder, model=model, model_changed=model_changed)
-        meta = corpus_meta(folder)
+    named = source in GPT2_SIZES
+    saved = read_json(folder / "config.json") if not named and (folder / "config.json").is_file() else {}
+    if "block_size" in saved:  # ours; GPT-2's is called n_positions
+        exported = (folder / SAFETENSORS).is_file() and not (folder / "checkpoints").exists()
+        weights, meta = ParamsFile(folder / SAFETENSORS) if exported else None, corpus_meta(folder)
+        run = read_config(folder, model=model, model_changed=model_changed)
     else:
         weights, run = hf.open_weights(source), default_config()
         folder, meta = weights.folder, weights.meta
@@ -140,7 +147,9 @@ def open_model(
 def add_model_arguments(parser: Parser) -> None:
     """The arguments that name a model for open_model."""
     parser.add_argument("--out_dir", help="folder of a run")
-    parser.add_argument("--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run or a Hugging Face model")
+    parser.add_argument(
+        "--init_from", help=f"{', '.join(GPT2_SIZES)}, or a folder: a run, an export, a Hugging Face model"
+    )
     parser.add_argument("--model", default="", help="the model file of a run of one's own model")
     parser.add_argument("--model_changed", action="store_true", help="accept it where it differs from the run's")
     add_checkpoint_argument(parser)
