@@ -1,27 +1,33 @@
-"""Hugging Face's GPT-2 folders to runs and back.
+"""Models of others to runs, and runs to folders for others.
 
-`python -m jaxgpt.convert --from_hf=gpt2 --out_dir=out-gpt2` and `--out_dir=out --to_hf=my-gpt2 [--dtype=bfloat16]`.
+    python -m jaxgpt.convert --from_hf=gpt2 --out_dir=out-gpt2
+    python -m jaxgpt.convert --from_nanogpt=nanoGPT/out/ckpt.pt --data_dir=nanoGPT/data/shakespeare_char --out_dir=out
+    python -m jaxgpt.convert --from_safetensors=my-model --out_dir=out
+    python -m jaxgpt.convert --out_dir=out --to_hf=my-gpt2
+    python -m jaxgpt.convert --out_dir=out --to_safetensors=my-model
+
+A run made of weights holds them as checkpoint 0: sample from it, evaluate it, or train from it with init_from.
 """
 
 import contextlib
-import dataclasses
-import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
-from tiktoken.load import read_file_cached
 
-from jaxgpt import UserError, optional
+from jaxgpt import UserError
 from jaxgpt.config import Parser, run_main, save_config
+from jaxgpt.models import find_model
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.launchers import find_cluster
 from jaxgpt.sharding import make_mesh
-from jaxgpt.tokenizer import ENDOFTEXT, GPT2_FILES, GPT2_URL, CharTokenizer, copy_tokenizer
-from jaxgpt.weights import hf
-from jaxgpt.weights.opening import OpenedModel, Which, add_checkpoint_argument, open_model
+from jaxgpt.tokenizer import copy_tokenizer
+from jaxgpt.weights import export, hf
+from jaxgpt.weights.files import ParamsFile
+from jaxgpt.weights.nanogpt import open_checkpoint
+from jaxgpt.weights.opening import OpenedModel, add_checkpoint_argument, open_model
 
 
 @contextlib.contextmanager
@@ -41,77 +47,66 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def import_hf(source: str, out_dir: Path, mesh: Mesh) -> None:
-    """Writes a run's folder that holds a Hugging Face model's parameters as checkpoint 0 and its tokenizer."""
-    model = open_model(init_from=source, mesh=mesh, dtype="float32")
-    if model.weights is None:
-        raise UserError(f"{source} is a jaxgpt run already")
+def export_run(model: OpenedModel, write: Callable[..., None], folder: Path, dtype: str) -> None:
+    """Writes a run's model by one of export's functions."""
+    if isinstance(model.weights, hf.Weights):
+        raise UserError(f"{model.source} is a Hugging Face model already")
+    with new_folder(folder) as partial:
+        write(model, partial, folder.resolve().name, dtype)
+
+
+def import_model(model: OpenedModel, out_dir: Path, known: Mapping[str, Any]) -> None:
+    """Writes a run's folder that holds a model's parameters as checkpoint 0 and its tokenizer.
+
+    known: what else there is to say of the model, for the checkpoint's record.
+    """
     with new_folder(out_dir) as folder:
-        model.run_config.update(out_dir=str(out_dir), init_from=source)
-        save_config(model.run_config, folder)
-        copy_tokenizer(model.meta, model.folder, folder)
+        model.run_config.update(out_dir=str(out_dir), init_from=model.source)
+        save_config(model.run_config, folder, model_source=find_model(model.run_config.model).source)
+        copy_tokenizer(model.language, model.folder, folder)
         checkpoints = Checkpoints(folder)
-        checkpoints.save(0, {"params": model.params}, {"source": source})
+        checkpoints.save(0, {"params": model.params}, {"source": model.source, **known})
         if not checkpoints.wait():
             raise UserError(f"the checkpoint could not be written in {out_dir}; see the line above")
 
 
-def export_hf(out_dir: str, which: Which, folder: Path, dtype: str, mesh: Mesh) -> None:
-    """Writes a folder that transformers.AutoModelForCausalLM and AutoTokenizer open."""
-    model = open_model(out_dir, mesh=mesh, dtype="float32", which=which)
-    if model.weights is not None:
-        raise UserError(f"{out_dir} is a Hugging Face model already")
-    with new_folder(folder) as partial:
-        write_tokenizer(model, partial)
-        fields = dataclasses.asdict(model.config)
-        hf.save_weights(partial, model.params, fields, dtype=dtype, eot=model.meta.eot)
-
-
-def write_tokenizer(model: OpenedModel, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, for whatever tokenizer the model has."""
-    tokenizers = optional("tokenizers", "jaxgpt[hf]", "writing a tokenizer.json")
-    ours, target = model.tokenizer, folder / "tokenizer.json"
-    if isinstance(ours, CharTokenizer):
-        ids = {c: i for i, c in enumerate(ours.itos)}
-        chars = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=ours.itos[0]))
-        chars.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-        chars.decoder = tokenizers.decoders.Fuse()
-        chars.save(str(target))
-    elif model.meta.tokenizer == "gpt2":
-        merges, vocab = (read_file_cached(GPT2_URL + name, sha256).decode() for name, sha256 in GPT2_FILES.items())
-        pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]
-        bpe = tokenizers.ByteLevelBPETokenizer(json.loads(vocab), pairs)
-        bpe.add_special_tokens([ENDOFTEXT])
-        bpe.save(str(target))
-    else:
-        shutil.copy(model.folder / model.meta.tokenizer, target)
-    content = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if ours.eot is not None:
-        content |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), ours.decode([ours.eot]))
-    content["model_max_length"] = model.config.block_size
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
+EXPORTS = {"to_hf": export.write_hf, "to_safetensors": export.write_safetensors}
+IMPORTS = {"from_hf": hf.Weights, "from_nanogpt": hf.Weights, "from_safetensors": ParamsFile}
 
 
 def main(argv: Sequence[str]) -> None:
     with contextlib.suppress(UserError):  # of what several need and this does not
         if (find_cluster() or {}).get("process_id"):
             return  # the first process of several does it all
-    parser = Parser(prog="python -m jaxgpt.convert", description="Hugging Face's GPT-2 folders to runs and back.")
-    parser.add_argument("--from_hf", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder; written to --out_dir")
-    parser.add_argument("--to_hf", help="folder to write the run in --out_dir to")
-    parser.add_argument("--out_dir", required=True, help="folder of a run: made by --from_hf, read by --to_hf")
+    parser = Parser(prog="python -m jaxgpt.convert", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--from_hf", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of Hugging Face's GPT-2")
+    parser.add_argument("--from_nanogpt", help="nanoGPT's ckpt.pt, or the folder with it")
+    parser.add_argument("--data_dir", help="with --from_nanogpt: its corpus, for meta.pkl; without one: GPT-2's tokens")
+    parser.add_argument("--from_safetensors", help="a folder that --to_safetensors wrote")
+    parser.add_argument("--to_hf", help="folder to write, which transformers opens; for model=gpt2 alone")
+    parser.add_argument("--to_safetensors", help="folder to write: safetensors of our own names, for any model")
+    parser.add_argument("--out_dir", required=True, help="the run: made by --from_…, read by --to_…")
+    parser.add_argument("--model", default="", help="the model file of a run of one's own model")
+    parser.add_argument("--model_changed", action="store_true", help="accept it where it differs from the run's")
     add_checkpoint_argument(parser)
-    parser.add_argument("--dtype", default="float32", choices=hf.DTYPES, help="of the weights in --to_hf")
+    parser.add_argument("--dtype", default="float32", choices=hf.DTYPES, help="of the weights that --to_… writes")
     args = parser.parse(argv)
-    if (args.from_hf is None) == (args.to_hf is None):
-        raise UserError("give either --from_hf=MODEL or --to_hf=FOLDER")
+    given = {name: getattr(args, name) for name in (*IMPORTS, *EXPORTS) if getattr(args, name) is not None}
+    if len(given) != 1:
+        raise UserError(f"give one of {', '.join(f'--{name}' for name in (*IMPORTS, *EXPORTS))}")
+    ((way, other),) = given.items()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and host memory is what there is most of
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    if args.from_hf:
-        import_hf(args.from_hf, Path(args.out_dir), mesh)
+    how = {"mesh": mesh, "dtype": "float32", "model": args.model, "model_changed": args.model_changed}
+    if way in EXPORTS:
+        export_run(open_model(args.out_dir, which=args.checkpoint, **how), EXPORTS[way], Path(other), args.dtype)
     else:
-        export_hf(args.out_dir, args.checkpoint, Path(args.to_hf), args.dtype, mesh)
-    print(f"wrote {args.out_dir if args.from_hf else args.to_hf}")
+        weights, known = open_checkpoint(Path(other), args.data_dir) if way == "from_nanogpt" else (None, {})
+        model = open_model(init_from=other, weights=weights, **how)
+        if not isinstance(model.weights, IMPORTS[way]):
+            raise UserError(f"{other} is {'a jaxgpt run already' if model.weights is None else f'not for --{way}'}")
+        import_model(model, Path(args.out_dir), known)
+    print(f"wrote {other if way in EXPORTS else args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Losses and task scores, against transformers and an independent scorer written over it."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -331,17 +332,22 @@ def test_weights_decide_a_new_runs_sizes_and_refuse_others(trained):
             model.adopt(changed)
 
 
-def test_a_corpus_must_have_the_models_vocabulary(trained, run):
+def test_a_corpus_must_have_the_models_vocabulary(trained, run, caplog):
+    """Sizes alone prove nothing: an identity does, and where one is unknown that is said."""
     model, characters = trained.open(), open_model(str(run), mesh=make_mesh())
-    model.check_corpus(Meta(384, "tokenizer.json"))
-    model.check_corpus(Meta(380, "gpt2"))  # the model padded it, as nanoGPT does
+    model.check_corpus(dataclasses.replace(model.language, vocab_size=380))
     characters.check_corpus(meta_for(CharTokenizer("abcdefgh \n"), "char"))
+    assert not caplog.records
+    model.check_corpus(Meta(384, "tokenizer.json"))
+    assert "which tokenizer made the tokens of the corpus" in caplog.text
     for opened, meta in (
-        (model, Meta(65, "char")),
+        (model, meta_for(CharTokenizer("abc"), "char")),
+        (model, Meta(384, "gpt2")),
+        (model, Meta(384, "tokenizer.json", identity="another")),
         (model, Meta(385, "tokenizer.json")),
         (characters, meta_for(CharTokenizer("abcdefgx \n"), "char")),
     ):
-        with pytest.raises(UserError, match=f"the corpus has a vocabulary of {meta.vocab_size}"):
+        with pytest.raises(UserError, match="the corpus has .*prepare it with the model's tokenizer"):
             opened.check_corpus(meta)
 
 

@@ -59,10 +59,22 @@ def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise OSError(first_line(error)) from None
 
 
-def save_params(path: Path, params: Any) -> None:
-    """Writes parameters by our names, `h.0.attn.c_attn.kernel`. Raises OSError if it cannot."""
-    arrays = {_name(keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(params)}
-    save_safetensors(path, {name: np.ascontiguousarray(x) for name, x in arrays.items()})
+def save_params(path: Path, params: Any, dtypes: Any) -> None:
+    """Writes parameters by our names, `h.0.attn.c_attn.kernel`, in the dtypes of `dtypes`' leaves.
+
+    UserError if a value is too large for its dtype; OSError if they cannot be written.
+    """
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(dtypes), strict=True)
+    save_safetensors(path, {_name(keys): cast(_name(keys), np.asarray(x), to.dtype) for (keys, x), to in leaves})
+
+
+def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A contiguous array in another dtype. UserError, naming it, if finite values become infinite."""
+    with np.errstate(over="ignore"):
+        result = np.asarray(array.astype(dtype, copy=False), order="C")
+    if np.isfinite(array).all() and not np.isfinite(result).all():
+        raise UserError(f"{name} has values too large for {np.dtype(dtype).name}; choose bfloat16 or float32")
+    return result
 
 
 class ParamsFile(NamedTuple):

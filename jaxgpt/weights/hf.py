@@ -19,6 +19,7 @@ from jaxgpt.tokenizer import GPT2_FILES, GPT2_VOCAB_SIZE, Meta, token_dtype
 from jaxgpt.weights.files import (
     FLOATS,
     Tensor,
+    cast,
     first_line,
     load_torch,
     open_safetensors,
@@ -264,11 +265,7 @@ def save_weights(folder: Path, params: Any, fields: Mapping[str, Any], *, dtype:
     tensors = {}
     for name, (path, shape) in _table({**fields, "bias": True}).items():
         tensor = np.asarray(ours.get(path, np.zeros(shape, np.float32)))
-        tensor = np.ascontiguousarray(tensor.reshape(-1, *shape[1:])[: shape[0]])
-        with np.errstate(over="ignore"):
-            tensors["transformer." + name] = cast = tensor.astype(dtype, copy=False)
-        if np.isfinite(tensor).all() and not np.isfinite(cast).all():
-            raise UserError(f"{name} has values too large for {dtype}; choose bfloat16 or float32")
+        tensors["transformer." + name] = cast(name, tensor.reshape(-1, *shape[1:])[: shape[0]], dtype)
     save_safetensors(folder / "model.safetensors", tensors)
     ids = {"bos_token_id": eot, "eos_token_id": eot}
     config = {

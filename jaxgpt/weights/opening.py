@@ -16,7 +16,7 @@ from jaxgpt.keys import keys
 from jaxgpt.models import ModelConfig, Params, abstract_params, cast_params, roles
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
-from jaxgpt.tokenizer import Meta, Tokenizer, corpus_meta, load_tokenizer
+from jaxgpt.tokenizer import Meta, Tokenizer, check_same_language, corpus_meta, load_tokenizer
 from jaxgpt.weights import hf
 from jaxgpt.weights.files import ParamsFile, read_json
 
@@ -61,15 +61,14 @@ class OpenedModel:
                 )
 
     def check_corpus(self, meta: Meta) -> None:
-        """UserError unless the corpus has the model's vocabulary, of which the model may have padded the size."""
-        ours, theirs = self.meta, meta
-        padded = -(-theirs.vocab_size // 128) * 128
-        other_characters = ours.itos and theirs.itos and ours.itos != theirs.itos
-        if other_characters or not theirs.vocab_size <= ours.vocab_size <= padded:
-            raise UserError(
-                f"the corpus has a vocabulary of {theirs.vocab_size:,} ({theirs.tokenizer}), {self.source} another of "
-                f"{ours.vocab_size:,} ({ours.tokenizer}); prepare the corpus with the model's tokenizer"
-            )
+        """UserError unless the corpus's tokens mean what they mean to the model."""
+        check_same_language(self.language, meta, "the corpus", self.source)
+
+    @functools.cached_property
+    def language(self) -> Meta:
+        """The tokenizer's meta with its identity, which a Hugging Face folder with a tokenizer.json does not tell."""
+        unread = not self.meta.identity and (self.folder / self.meta.tokenizer).is_file()
+        return dataclasses.replace(self.meta, identity=self.tokenizer.identity) if unread else self.meta
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -112,6 +111,7 @@ def open_model(
     block_size: int | None = None,
     model: str = "",
     model_changed: bool = False,
+    weights: hf.Weights | None = None,
 ) -> OpenedModel:
     """The model in out_dir, a run's folder, or the one that init_from names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a
     folder (a run, what `convert --to_safetensors` wrote, or a Hugging Face GPT-2).
@@ -119,29 +119,29 @@ def open_model(
     dtype: of the computation. param_dtype: in which the parameters are kept, by default the same: the computation casts
     them to it anyway, so that the results are the same to the bit. which: the checkpoint of a run. block_size: fewer
     positions than the model has. model, model_changed: the file that a run's model is in, and whether it may differ
-    from the run's (config.read_config). UserError if there is no such model.
+    from the run's (config.read_config). weights: GPT-2's that are open already, which init_from only names then.
+    UserError if there is no such model.
     """
     if (not out_dir) == (not init_from):
         raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
     source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
     folder = Path(source)
-    named = source in GPT2_SIZES
-    saved = read_json(folder / "config.json") if not named and (folder / "config.json").is_file() else {}
-    if "block_size" in saved:  # ours; GPT-2's is called n_positions
+    has_config = not weights and source not in GPT2_SIZES and (folder / "config.json").is_file()
+    if has_config and "block_size" in read_json(folder / "config.json"):  # ours; GPT-2's is called n_positions
+        run, meta = read_config(folder, model=model, model_changed=model_changed), corpus_meta(folder)
         exported = (folder / SAFETENSORS).is_file() and not (folder / "checkpoints").exists()
-        weights, meta = ParamsFile(folder / SAFETENSORS) if exported else None, corpus_meta(folder)
-        run = read_config(folder, model=model, model_changed=model_changed)
+        stored = ParamsFile(folder / SAFETENSORS) if exported else None
     else:
-        weights, run = hf.open_weights(source), default_config()
-        folder, meta = weights.folder, weights.meta
-        run.update({key: value for key, value in weights.fields.items() if key in run})
+        stored = weights or hf.open_weights(source)
+        run, folder, meta = default_config(), stored.folder, stored.meta
+        run.update({key: value for key, value in stored.fields.items() if key in run})
     block_size = run.block_size if block_size is None else block_size
     if block_size > run.block_size:
         raise UserError(f"block_size={block_size} is more than the {run.block_size} positions of {source}; lower it")
     here = run.copy_and_resolve_references()  # what the run's own machine decided does not bind this one
     here.update(dtype=dtype, matmul_dtype="auto", attention="auto", kernels="auto", remat="none", block_size=block_size)
     config = resolve(here, mesh, meta.vocab_size, meta.eot).model
-    return OpenedModel(source, folder, meta, run, config, weights, mesh, which, param_dtype or config.dtype)
+    return OpenedModel(source, folder, meta, run, config, stored, mesh, which, param_dtype or config.dtype)
 
 
 def add_model_arguments(parser: Parser) -> None:
