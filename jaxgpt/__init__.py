@@ -1,6 +1,7 @@
 """jaxgpt: train, fine-tune, evaluate and sample GPT-2 in JAX."""
 
 import contextlib
+import errno
 import importlib
 import os
 from collections.abc import Iterator
@@ -16,6 +17,47 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
+
+
+class Unavailable(UserError):
+    """What may be gone when the same command is started again later: a full disk, a folder in use, a host that is late.
+
+    Its status is EX_UNAVAILABLE of sysexits.h, so that schedulers can tell it from a mistake.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message, status=69)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # bytes or inodes, of the disk or of a quota
+# what is wrong with a path that the user named, or with its disk
+PATHS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+)
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """What a user can do about an exception that is no UserError itself but comes from the machine; None: a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in FULL:
+        return Unavailable(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room")
+    if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}; name another, or mend its permissions")
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        found = text.partition("RESOURCE_EXHAUSTED: ")[2][:200] or "no memory is left"
+        return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
+        return UserError(f"{text[:300]}; unset JAX_PLATFORMS, or name what this machine has: cpu")
+    return None
 
 
 def optional(module: str, package: str, purpose: Any) -> Any:
@@ -49,17 +91,22 @@ def local_path(name: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and synced, or not at all. UserError on a full disk."""
+    """A binary file that appears under `path` complete and synced, or not at all.
+
+    Raises UserError where it cannot be written; Unavailable on a full disk.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
+        partial.unlink(missing_ok=True)  # of a process that was killed, or a link: neither is written through
+        with open(partial, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another folder") from None
+        text = f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
+        raise (Unavailable(text) if error.errno in FULL else UserError(text)) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

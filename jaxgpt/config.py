@@ -6,13 +6,16 @@ A model's own keys are in its file, the optimizer's in optim.py; all are flat: `
 import argparse
 import dataclasses
 import difflib
-import io
+import faulthandler
 import itertools
 import json
 import logging
+import os
 import re
 import runpy
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write, shipped
+from jaxgpt import UserError, atomic_write, console, shipped, user_error
 from jaxgpt.keys import check, key, keys, take
 from jaxgpt.models import ModelConfig, find_model
 from jaxgpt.ops import fp8
@@ -215,12 +218,6 @@ def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> Non
         )
 
 
-# what a slip in the user's own code raises
-PRESET_ERRORS = (
-    ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError
-)  # fmt: skip
-
-
 def load_preset(spec: str) -> ConfigDict:
     """The preset in a file, `configs/gpt2.py` or `configs/gpt2.py:gpt2-xl`. Raises UserError if there is no such."""
     path, _, argument = spec.partition(":")
@@ -233,8 +230,8 @@ def load_preset(spec: str) -> ConfigDict:
         if get_config is None:
             raise UserError(f"{path} is not a Python file (.py) with get_config(), as presets are")
         config = get_config(argument) if argument else get_config()
-    except PRESET_ERRORS as error:
-        text = " ".join(str(error).split())
+    except Exception as error:  # a slip in the user's own code
+        text = " ".join(str(error).split()) or type(error).__name__
         unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
         if unknown and unknown[1] not in default_config():
             text = unknown_key(unknown[1])
@@ -456,20 +453,33 @@ def resumed_config(
     return result, lines
 
 
+EXIT_S = 30.0  # how long a program that failed may take to end: a library's thread may wait for what will not come
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Runs an entry point, which gives the exit status: a UserError becomes one line, `error: …`, and its status."""
-    for stream in (sys.stdout, sys.stderr):  # under LANG=C or cp1252, what cannot be shown becomes \\u2014
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Runs an entry point, which gives the exit status; what a user can mend becomes one line, `error: …`.
+
+    This is the one place that does so, but for several processes: see Processes.
+    """
+    console.prepare()
+    faulthandler.enable()  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.raiseExceptions = False  # where stderr cannot be written
     try:
-        status = main(sys.argv[1:])
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(e.status)
+        status = main(sys.argv[1:]) or 0
     except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT, as shells do
+        status = 130  # 128 + SIGINT, as shells do
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
-        sys.exit(1)
+        status = 1
+    except Exception as error:
+        if (problem := user_error(error)) is None:
+            traceback.print_exc()
+        else:
+            console.complain(f"error: {' '.join(str(problem).split())}")
+        status = 1 if problem is None else problem.status
+    console.settle()
+    if status:
+        last = threading.Timer(EXIT_S, os._exit, (status,))
+        last.daemon = True
+        last.start()
     sys.exit(status)

@@ -1,7 +1,9 @@
 """What a run reports: FLOPs and MFU; console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
+import importlib
 import json
+import logging
 import math
 import platform
 import shlex
@@ -9,18 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxgpt import UserError, __version__, optional
+from jaxgpt.console import say
+
+log = logging.getLogger(__name__)
 
 # Dense bf16 FLOP/s of one device by `device_kind`; the makers' data sheets
 PEAK_FLOPS = {
@@ -135,61 +140,145 @@ def check_trackers(config: ConfigDict) -> None:
 class Reporter:
     """Writes a run's metrics wherever they go; on other processes than the first, nowhere.
 
-    metrics.jsonl gets one object a line. Secrets never pass here: trackers read their own environment variables.
+    metrics.jsonl gets one object a line, with the tokens and seconds of the run so far; events.jsonl what happened to
+    the run, over all its lives. What fails here is said once, and the run goes on. Secrets never pass here: trackers
+    read their own environment variables.
+
+    tokens: how many tokens have been read by a step. run_id: the run's identity, by which W&B knows it again. lines: of
+    metrics.jsonl, as the run starts.
     """
 
-    def __init__(self, folder: Path, config: ConfigDict, *, first_step: int):
-        self._file = self._board = self._wandb = None
+    def __init__(
+        self,
+        folder: Path,
+        config: ConfigDict,
+        *,
+        first_step: int,
+        tokens: Callable[[int], int] = lambda step: 0,
+        run_id: str = "",
+        lines: int = 0,
+    ):
+        self.lines = lines  # of metrics.jsonl
+        self._file: IO[str] | None = None
+        self._events: IO[str] | None = None
+        self._board = self._wandb = None
+        self._tokens, self._failed = tokens, set[str]()
         self._closing = contextlib.ExitStack()
         hidden = True if jax.process_index() else None  # None: shown on a terminal
         style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": hidden}
-        self._bar = self._closing.enter_context(tqdm(total=config.max_iters, initial=first_step, **style))
+        self._bar = tqdm(total=config.max_iters, initial=first_step, **style)
+        self._closing.enter_context(self._surviving("the progress bar"))  # its end, too
+        self._closing.callback(self._bar.close)
         if hidden:
             return
         if config.tensorboard_log:
+            _mark_start(folder, first_step)
             self._board = optional("tensorboard.summary", "jaxgpt[track]", "tensorboard_log").Writer(str(folder))
+            self._closing.enter_context(self._surviving("TensorBoard"))
             self._closing.callback(self._board.close)
         if config.wandb_log:
             wandb = optional("wandb", "jaxgpt[track]", "wandb_log")
-            name, values = config.wandb_run_name, config.to_dict()
+            known = {"id": run_id, "resume": "allow"} if run_id else {}
+            how = {"project": config.wandb_project, "name": config.wandb_run_name, "config": config.to_dict()}
             try:
-                self._wandb = wandb.init(project=config.wandb_project, name=name, config=values)
+                self._wandb = wandb.init(**how, **known)
             except wandb.Error as e:
                 raise UserError(f"wandb_log: {e}") from None
+            self._closing.enter_context(self._surviving("W&B"))
             self._closing.callback(self._wandb.finish)
+        self._began = time.monotonic() - _seconds_so_far(folder / "metrics.jsonl")
         self._closing.enter_context(contextlib.suppress(OSError))  # of a full disk, which `record` has told of
-        self._file = self._closing.enter_context((folder / "metrics.jsonl").open("a"))
+        self._events = self._open(folder / "events.jsonl")
+        self._file = self._open(folder / "metrics.jsonl")
+
+    def _open(self, path: Path) -> IO[str]:
+        try:
+            return self._closing.enter_context(path.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}; move it away") from None
 
     def say(self, line: str) -> None:
         """Prints a line for people, above the progress bar."""
-        if self._file:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+        if not self._file:
+            return
+        if self._bar.disable:
+            say(line)
+            return
+        with self._surviving("the progress bar"):
+            self._bar.clear()
+        say(line)
+        with self._surviving("the progress bar"):
+            self._bar.refresh()
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes one object of metrics for `step` to metrics.jsonl and the trackers."""
         if not self._file:
             return
+        values = {**values, "tokens": self._tokens(step), "wall_s": round(time.monotonic() - self._began, 3)}
         row = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
-        try:
+        with self._surviving("metrics.jsonl"):
             self._file.write(json.dumps({"step": step, **row}) + "\n")
             self._file.flush()
-        except OSError as e:  # a full disk must not end a run
-            warnings.warn(f"metrics.jsonl: {e}; the run goes on without this line", stacklevel=2)
+            self.lines += 1
         numbers = {k: v for k, v in row.items() if v is not None}
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(numbers, step=step)
+        if self._board and "TensorBoard" not in self._failed:
+            with self._surviving("TensorBoard"):
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, step)
+        if self._wandb and "W&B" not in self._failed:
+            with self._surviving("W&B"):
+                self._wandb.log(numbers, step=step)
+
+    def event(self, step: int, event: str, detail: str = "") -> None:
+        """Writes to events.jsonl what happened to the run at `step`: `saved`, `stopped`. detail: a line for people."""
+        if not self._events:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._surviving("events.jsonl"):
+            row = {"time": now, "step": step, "event": event} | ({"detail": detail} if detail else {})
+            self._events.write(json.dumps(row) + "\n")
+            self._events.flush()
 
     def progress(self, step: int, **shown: str) -> None:
         """Moves the progress bar to `step`."""
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
+        if not self._bar.disable:
+            with self._surviving("the progress bar"):
+                self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(step - self._bar.n)
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Within it, whatever a disk, a terminal or a tracker raises is said once, and ends no run."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                log.warning("%s: %s; the run goes on without it", what, error)
+            if what == "the progress bar":
+                self._bar.disable = True
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
+
+
+def _seconds_so_far(metrics: Path) -> float:
+    """The last line's wall_s; 0 where there is none."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - 2**14))  # lines are a few hundred bytes
+            return float(json.loads(file.read().splitlines()[-1])["wall_s"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return 0.0
+
+
+def _mark_start(folder: Path, step: int) -> None:
+    """Has TensorBoard drop what an earlier life of the run told it of steps after `step`: from the second mark on."""
+    writer = importlib.import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(folder))
+    proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
+    begun = proto.SessionLog(status=proto.SessionLog.START)
+    writer.add_event(proto.Event(wall_time=time.time(), step=step + 1, session_log=begun))
+    writer.close()

@@ -139,6 +139,15 @@ def create_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> Trai
     return make() if params is None else make(params)
 
 
+def complete_state(state: TrainState, abstract: TrainState) -> TrainState:
+    """A restored state with the OPTIONAL fields that its checkpoint lacked: an average begins at the parameters."""
+    if abstract.average is None or state.average is not None:
+        return state
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.average)
+    copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)
+    return state._replace(average=copy(state.params))
+
+
 def begin_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> "Future[TrainState]":
     """create_state in a thread, for it takes seconds and so does compiling the step.
 

@@ -2,8 +2,9 @@
 
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError
+from jaxgpt import Unavailable, UserError, console
 from jaxgpt.config import (
     DataConfig,
     Parser,
@@ -28,12 +29,12 @@ from jaxgpt.keys import take
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
 from jaxgpt.models import count_params, find_model
 from jaxgpt.run import guard
-from jaxgpt.run.checkpoint import Checkpoints
-from jaxgpt.run.processes import Processes, agree
+from jaxgpt.run.checkpoint import Checkpoints, run_id
+from jaxgpt.run.processes import Processes, agree, numerics
 from jaxgpt.scoring.evaluation import Evaluation
 from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
-from jaxgpt.step import TrainState, abstract_state, begin_state, create_state, make_train_step
+from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.weights.opening import OpenedModel, open_model
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         config, given, args = parse_config(argv, parser)
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
-        agree("config", {"jax": jax.__version__, **config, "data_dir": "each host's own"})
+        agree("config", {**numerics(), **config, "data_dir": "each host's own"})
         agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
         return train(config, given)
 
@@ -62,88 +63,135 @@ class Progress(NamedTuple):
     val_loss: float | None = None  # at this step, if it was evaluated
     best_step: int = -1
     best_val_loss: float = math.inf
+    metrics_lines: int = 0  # of metrics.jsonl up to this step
 
     def after(self, step: int, val_loss: float) -> "Progress":
         """The progress after an evaluation at `step`, whose loss may be the best so far."""
         best = (step, val_loss) if val_loss < self.best_val_loss else (self.best_step, self.best_val_loss)
         return self._replace(evaluated=step, val_loss=val_loss, best_step=best[0], best_val_loss=best[1])
 
-    def record(self, step: int, samples: int) -> dict[str, Any]:
-        """The info of a checkpoint at `step`."""
-        here = self._replace(samples=samples, val_loss=self.val_loss if self.evaluated == step else None)
+    def record(self, step: int, **now: int) -> dict[str, Any]:
+        """The info of a checkpoint at `step`. now: values of fields that have not been kept up."""
+        here = self._replace(**now, val_loss=self.val_loss if self.evaluated == step else None)
         return {key: value for key, value in here._asdict().items() if value is None or math.isfinite(value)}
 
 
+class Prepared(NamedTuple):
+    """All that is known of a run before anything is computed or written."""
+
+    config: ConfigDict
+    changes: list[str]  # a line for each value that is not the command's
+    resume: bool
+    weights: OpenedModel | None  # to start from
+    data: RunData
+    parts: Parts
+    abstract: TrainState
+    evaluate: Evaluation
+
+
+def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, checkpoints: Checkpoints) -> Prepared:
+    """Decides and checks all that a user can get wrong. Raises UserError; writes nothing."""
+    resume, config, changes = decide_resume(config, given, checkpoints)
+    weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
+    data = open_data(config, mesh, weights)
+    agree("data", {**data.facts(), "tokenizer": data.meta.identity})
+    parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
+    evaluate = Evaluation(parts, data, mesh)
+    return Prepared(config, changes, resume, weights, data, parts, abstract_state(parts, mesh), evaluate)
+
+
 def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.Exit:
-    """The whole run: mesh, data, state, step, loop. Writes nothing before all that a user can get wrong is checked.
+    """The whole run: lock, mesh, data, state, step, loop. A start that fails leaves nothing.
 
     given: what the command line says, which a run that goes on takes over; None: all of the config.
     """
     check_trackers(config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     run = Path(config.out_dir)
-    checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
-    resume, config, changes = decide_resume(config, given, checkpoints)
-    weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
-    data = open_data(config, mesh, weights)
-    agree("data", data.facts())
-    parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
-    abstract = abstract_state(parts, mesh)
-    evaluate = Evaluation(parts, data, mesh)
     if config.eval_only:
-        print(evaluate.line("eval", evaluate(params_to_evaluate(parts, mesh, checkpoints if resume else weights))))
-        return guard.Exit.DONE
-
+        return evaluate_only(config, given, mesh)
     with (
-        guard.RunLock(run),
-        closing(checkpoints),
         guard.Stop() as stop,
+        guard.RunLock(run) as lock,
+        closing(Checkpoints(run, keep=config.keep_checkpoints)) as checkpoints,
         guard.Watchdog(config.stall_timeout) as watchdog,
+        ExitStack() as opened,
     ):
-        with watchdog.allow("start", SLOW_LIMIT_S):
-            checkpoints.remove_leftovers()
-            state, info, step = checkpoints.restore(abstract) if resume else (abstract, {}, 0)
+        with watchdog.allow("start", SLOW_LIMIT_S), lock.starting():
+            config, changes, resume, weights, data, parts, abstract, evaluate = prepare(
+                config, given, mesh, checkpoints
+            )
+            identity = run_id(run) or secrets.token_hex(8)
+            checkpoints.begin(lock, identity)
+            state, info, step = checkpoints.restore(abstract, optional=OPTIONAL) if resume else (abstract, {}, 0)
             progress = Progress(**{key: info[key] for key in Progress._fields if key in info})
             making = None if resume else begin_state(parts, mesh, weights and weights.params)
             flops = data.tokens_per_step * parts.model.flops_per_token(abstract.params)
             k = choose_steps_per_call(config, step, flops)
             data.begin(step, progress.samples)
             train_step = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k)).compile()
-            state = making.result() if making else state
-            write_run_files(run, config, data, step, evaluated=progress.evaluated == step)
+            state = making.result() if making else complete_state(state, abstract)
+            if not resume:
+                checkpoints.check_replicas(state, step)
+            lines = write_run_files(run, config, data, step, identity, evaluated=progress.evaluated == step)
+            if lines < progress.metrics_lines:
+                changes.append(f"metrics.jsonl has {lines} of the {progress.metrics_lines} lines up to step {step}")
+            reporter = opened.enter_context(
+                Reporter(
+                    run,
+                    config,
+                    first_step=step,
+                    tokens=lambda step: data.samples(step) * config.block_size,
+                    run_id=identity,
+                    lines=lines,
+                )
+            )
             agree("compiled", {})
-        with (
-            Reporter(run, config, first_step=step) as reporter,
-            prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k) as batches,
-        ):
-            reporter.say("\n".join([*describe(parts, mesh, data, abstract, step), *changes]))
-            log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
-            while True:
-                if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:
-                    log.flush()
-                    with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
-                        try:
-                            scores = evaluate(state.best_params, stop.check)
-                        except guard.Stopped:  # the evaluation is begun again when the run goes on
-                            break
-                        reporter.say(evaluate.line(f"step {step}", scores))
-                        reporter.record(step, scores)
-                        progress = progress.after(step, scores["val_loss"])
-                        if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
-                            checkpoints.save(step, state, progress.record(step, data.samples(step)))
-                if step == config.max_iters or stop.requested():
-                    break
-                state, metrics = train_step(state, next(batches)[1])
-                step += k
-                log.add(step, metrics)
-                watchdog.beat()
+        batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
+        reporter.say("\n".join([*describe(parts, mesh, data, abstract, step), *changes]))
+        reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
+        log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
+
+        def save() -> None:
             log.flush()
-            with watchdog.allow("save", SLOW_LIMIT_S):
-                checkpoints.save(step, state, progress.record(step, data.samples(step)))
-                saved = checkpoints.wait()
+            record = progress.record(step, samples=data.samples(step), metrics_lines=reporter.lines)
+            checkpoints.save(step, state, record)
+
+        while True:
+            if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:
+                log.flush()
+                with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
+                    try:
+                        scores = evaluate(state.best_params, stop.check)
+                    except guard.Stopped:  # the evaluation is begun again when the run goes on
+                        break
+                    reporter.say(evaluate.line(f"step {step}", scores))
+                    reporter.record(step, scores)
+                    progress = progress.after(step, scores["val_loss"])
+                    if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
+                        save()
+            if step == config.max_iters or stop.requested():
+                break
+            state, metrics = train_step(state, next(batches)[1])
+            step += k
+            log.add(step, metrics)
+            watchdog.beat()
+        with watchdog.allow("save", SLOW_LIMIT_S):
+            save()
+            saved = checkpoints.wait()
     if not saved:
-        raise UserError(f"the last checkpoint is not saved in {run}; make room and resume", guard.Exit.FAILURE)
+        why = checkpoints.failure or "see the other processes' messages"
+        raise Unavailable(f"the last checkpoint is not saved in {run} ({why}); mend it and go on with init_from=auto")
     return guard.Exit.DONE if progress.evaluated == config.max_iters else guard.Exit.STOPPED
+
+
+def evaluate_only(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh) -> guard.Exit:
+    """Prints one evaluation: of the best checkpoint, of the weights that init_from names, or of fresh ones."""
+    checkpoints = Checkpoints(config.out_dir)
+    plan = prepare(config, given, mesh, checkpoints)
+    source = checkpoints if plan.resume else plan.weights
+    console.say(plan.evaluate.line("eval", plan.evaluate(params_to_evaluate(plan.parts, mesh, source))))
+    return guard.Exit.DONE
 
 
 def describe_only(config: ConfigDict, devices: int) -> int:
@@ -218,13 +266,18 @@ def params_to_evaluate(parts: Parts, mesh: Mesh, source: Checkpoints | OpenedMod
     return source.params if source else create_state(parts, mesh).params
 
 
-def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, *, evaluated: bool) -> None:
-    """config.json and the tokenizer's files, so that the folder alone is enough to sample from; trims metrics.jsonl."""
-    if jax.process_index() == 0:
-        source = find_model(config.model).source
-        save_config(config, run, model_source=source, data=data.facts(), environment=environment())
-        data.copy_tokenizer(run)
-        guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
+def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, identity: str, *, evaluated: bool) -> int:
+    """The tokenizer's files and config.json, so that the folder alone is enough to sample from; trims metrics.jsonl.
+
+    config.json is the last: a folder with one holds a run. Returns how many lines metrics.jsonl has.
+    """
+    if jax.process_index():
+        return 0
+    data.copy_tokenizer(run)
+    lines = guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
+    about = {"model_source": find_model(config.model).source, "data": data.facts(), "environment": environment()}
+    save_config(config, run, run_id=identity, **about)
+    return lines
 
 
 def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) -> int:

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
+from jaxgpt.config import resolve
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.guard import Exit, Stop, trim_jsonl
-from jaxgpt.step import SPIKE_STEPS, Spikes, create_state, make_model_config, make_train_step
+from jaxgpt.step import SPIKE_STEPS, Spikes, create_state, make_train_step
 from jaxgpt.tokenizer import Meta, read_meta, write_meta
 from jaxgpt.train import train
 
@@ -155,13 +156,13 @@ def test_a_lasting_change_is_soon_accepted():
 
 def test_a_spike_changes_no_parameter(tiny_config, mesh):
     config = tiny_config(spike_threshold=3.0)
-    model_config = make_model_config(config, 27, mesh)
-    step = make_train_step(config, model_config, mesh)
+    parts = resolve(config, mesh, 27)
+    step = make_train_step(parts, mesh)
     tokens = np.random.default_rng(0).integers(0, 27, (1, 1, 8, 17)).astype(np.uint16)
 
     def after(mean: float):
         """One step from statistics that expect `mean` and next to no change."""
-        state = create_state(config, model_config, mesh)
+        state = create_state(parts, mesh)
         spikes = Spikes(jnp.int32(SPIKE_STEPS), jnp.full(2, mean), jnp.full(2, 1e-4))
         state = state._replace(spikes=jax.device_put(spikes, jax.tree.map(lambda x: x.sharding, state.spikes)))
         before = [np.array(x) for x in jax.tree.leaves((state.params, state.opt_state))]

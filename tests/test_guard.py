@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import UserError
+from jaxgpt import Unavailable, UserError
 from jaxgpt.run import guard
 from jaxgpt.run.guard import Exit, RunLock, Stop, Watchdog, trim_jsonl
 
@@ -84,6 +85,118 @@ def test_lock_never_has_two_holders(tmp_path):
     assert max(most) == 1 and len(entries) >= 8
 
 
+def test_a_lock_whose_folder_was_moved_is_lost_and_takes_nobody_elses_file(tmp_path):
+    """`mv out old` and a new run in `out`; `rm out/.lock` and a new run in the same folder."""
+    for how in ("moved", "removed"):
+        run = tmp_path / how
+        first, second = RunLock(run), RunLock(run)
+        with first:
+            assert first.lost() == ""
+            if how == "moved":
+                run.rename(tmp_path / "old")
+            else:
+                (run / ".lock").unlink()
+            assert "is gone: was its disk unmounted, or the folder moved?" in first.lost()
+            second.__enter__()
+            assert "another run began in its place" in first.lost() and second.lost() == ""
+        assert (run / ".lock").exists() and second.lost() == "", "the second's file stays"
+        with pytest.raises(UserError, match="in use"):
+            RunLock(run).__enter__()
+        second.close()
+        assert not (run / ".lock").exists()
+
+
+def test_a_lock_follows_no_link(tmp_path):
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunLock(tmp_path / "run").__enter__()
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_start_that_fails_leaves_nothing(tmp_path, fresh):
+    run = tmp_path / "a" / "run"
+    if not fresh:
+        run.mkdir(parents=True)
+        (run / "notes.txt").write_text("mine")
+    with pytest.raises(KeyError), RunLock(run) as lock, lock.starting():
+        (run / "config.json").write_text("{}")
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "x").write_text("")
+        raise KeyError
+    assert [p.name for p in tmp_path.rglob("*")] == ([] if fresh else ["a", "run", "notes.txt"])
+
+
+def interleave(seed, folder, body):
+    """Two threads run `body(i, lock)` in one folder, one system call of guard at a time, in an order drawn from `seed`.
+
+    What each returns, or its UserError. A turn goes to a thread that is not waiting for the other.
+    """
+    turn, rng, done, results = threading.Condition(), random.Random(seed), [False, False], [None, None]
+    now, me = [rng.randrange(2)], threading.local()
+
+    def step(function):
+        def stepped(*args, **kwargs):
+            if hasattr(me, "index"):
+                with turn:
+                    turn.wait_for(lambda: now[0] == me.index or done[1 - me.index], timeout=60)
+                    result = function(*args, **kwargs)
+                    now[0] = rng.randrange(2)
+                    turn.notify_all()
+                    return result
+            return function(*args, **kwargs)
+
+        return stepped
+
+    def run(index):
+        me.index = index
+        try:
+            results[index] = body(index, RunLock(folder))
+        except UserError as error:
+            results[index] = error
+        with turn:
+            done[index] = True
+            turn.notify_all()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "close", "ftruncate", "write", "read", "fstat", "stat", "unlink", "mkdir", "rmdir"):
+            patch.setattr(os, name, step(getattr(os, name)))
+        patch.setattr(guard.fcntl, "flock", step(guard.fcntl.flock))
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+def test_two_starts_of_one_folder_are_one_run_and_one_refusal(tmp_path):
+    """200 orders of their system calls. Whoever is in sees whether there is a run; half of them wait for the other."""
+    outcomes = []
+    for seed in range(200):
+        run, told = tmp_path / str(seed), threading.Event()
+
+        def body(index, lock, run=run, told=told, patience=0.05 * (seed % 2)):
+            try:
+                with lock:
+                    if (run / "config.json").exists():
+                        return "refused"
+                    (run / "config.json").write_text(str(index))
+                    told.wait(patience)
+                    assert lock.lost() == "" and (run / "config.json").read_text() == str(index)
+                    return "ran"
+            finally:
+                told.set()
+
+        results = ["refused" if isinstance(x, UserError) else x for x in interleave(seed, run, body)]
+        assert sorted(results) == ["ran", "refused"], (seed, results)
+        assert [p.name for p in run.iterdir()] == ["config.json"]
+        outcomes.append(results[0])
+    assert 20 < outcomes.count("ran") < 180, "both orders were tried"
+
+
 def test_lock_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out_dir .*/file/run cannot be written: .*; choose another out_dir"):
@@ -101,7 +214,7 @@ def test_a_folder_that_goes_away_amid_the_locking_is_a_user_error(tmp_path, monk
 # --- signals ---
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
     before = signal.getsignal(number)
     with Stop() as stop:
@@ -120,6 +233,7 @@ def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
 
 STOPPABLE = """
 import hashlib, sys, time
+from jaxgpt.console import settle
 from jaxgpt.run.guard import Exit, Stop
 with Stop() as stop:
     print("ready", flush=True)
@@ -128,6 +242,7 @@ with Stop() as stop:
     while not stop.requested():
         time.sleep(0.01)
     print("saved", flush=True)
+    settle()
     sys.exit(Exit.STOPPED)
 """
 
@@ -138,14 +253,42 @@ def test_first_signal_saves_second_stops_at_once_even_amid_a_compilation(number)
     for process in (patient, hasty):
         wait_for(process, "ready")
         process.send_signal(number)
+        time.sleep(0.01)
+        process.send_signal(number)  # the same wish: a launcher and a process group deliver it twice
     out, err = patient.communicate(timeout=60)
     assert patient.returncode == Exit.STOPPED and out.split() == ["computed", "saved"], err
     assert err == f"{signal.Signals(number).name}: saving, then stopping; once more stops at once\n"
-    time.sleep(0.2)
+    time.sleep(guard.REPEAT_S + 0.2)
     assert hasty.poll() is None
     hasty.send_signal(number)
     assert hasty.wait(timeout=5) == 128 + number
     assert hasty.communicate()[0] == ""
+
+
+def test_a_closed_terminal_saves_and_one_that_was_to_be_ignored_is(tmp_path):
+    """Under nohup SIGHUP stays ignored; and what cannot be printed, as the terminal is gone, stops nothing."""
+    kept = spawn("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPPABLE, 0.001)
+    wait_for(kept, "ready")
+    wait_for(kept, "computed")
+    kept.send_signal(signal.SIGHUP)
+    closed = spawn("import sys; sys.stderr.close(); sys.stderr = open('/dev/full', 'w')\n" + STOPPABLE, 0.001)
+    wait_for(closed, "ready")
+    closed.send_signal(signal.SIGHUP)
+    assert closed.wait(timeout=30) == Exit.STOPPED and closed.communicate()[0].endswith("saved\n")
+    assert kept.poll() is None
+    kept.send_signal(signal.SIGTERM)
+    assert kept.wait(timeout=30) == Exit.STOPPED and kept.communicate()[0] == "saved\n"
+
+
+def test_another_handlers_signal_is_no_wish_to_stop():
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
 
 
 PAIR = """
@@ -197,9 +340,14 @@ with guard.Watchdog(0.4) as watchdog:
         watchdog.beat()
     with watchdog.allow("compilation", 5):
         time.sleep(1)
-    with watchdog.allow("evaluation", 0.1):
-        time.sleep(0.2)
-    print("alive", flush=True)
+    if sys.argv[1] == "stopped":
+        print("alive", flush=True)
+        with watchdog.allow("evaluation", 3.0):
+            time.sleep(2.0)
+    else:
+        with watchdog.allow("evaluation", 3600.0):
+            time.sleep(0.2)
+        print("alive", flush=True)
     stalled_step(sys.argv[1])
 print("done")
 """
@@ -211,8 +359,19 @@ def test_watchdog_ends_a_stalled_process_with_stacks():
     assert all(out.startswith("alive") for out, _ in outputs.values()), outputs
     assert ends["sleep"].returncode == Exit.STALLED
     assert "watchdog: no step finished in time" in outputs["sleep"][1] and "in stalled_step" in outputs["sleep"][1]
-    assert ends["locked"].returncode == Exit.FAILURE and "in stalled_step" in outputs["locked"][1]
+    assert ends["locked"].returncode == Exit.STALLED and "in stalled_step" in outputs["locked"][1]
     assert ends["none"].returncode == 0 and outputs["none"][1] == ""
+
+
+def test_time_in_which_the_process_is_stopped_is_no_stall():
+    """SIGSTOP for longer than the watchdog and its sentinel allow, as by a terminal, a scheduler, a debugger."""
+    process = spawn(STALL, "stopped")
+    wait_for(process, "alive")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5.0)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "done\n", "")
 
 
 def test_watchdog_of_zero_is_off():
@@ -250,5 +409,5 @@ def test_trim_of_no_file(tmp_path):
 
 
 def test_exit_statuses_are_distinct_and_clear_of_signals():
-    assert len(set(Exit)) == 6 and all(status < 128 for status in Exit)
-    assert guard.Exit.USER_ERROR == 2
+    assert len(set(Exit)) == 7 and all(status < 128 for status in Exit)
+    assert UserError("").status == Exit.USER_ERROR and Unavailable("").status == Exit.UNAVAILABLE

@@ -1,5 +1,6 @@
-"""FLOPs as nanoGPT counts them, peaks by device, the clock, and every place that metrics are written to."""
+"""Peaks by device, the clock, and every place that metrics are written to."""
 
+import contextlib
 import io
 import json
 import math
@@ -7,31 +8,18 @@ import sys
 import time
 import types
 import warnings
+from datetime import UTC, datetime
 from unittest import mock
 
 import jax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from jaxgpt import UserError, metrics
-from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, flops_per_token, peak_flops, peak_memory_gib
+from jaxgpt import UserError, console, metrics
+from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, peak_flops, peak_memory_gib
 
 
 def device(kind: str):
     return mock.Mock(spec=jax.Device, device_kind=kind)
-
-
-@given(*[st.integers(1, 10**4)] * 5)
-def test_flops_are_nanogpts_estimate(n_params, n_layer, n_head, head, block_size):
-    """nanoGPT's estimate_mfu: flops_per_token = 6*N + 12*L*H*Q*T with H heads of size Q."""
-    want = 6 * n_params + 12 * n_layer * n_head * head * block_size
-    assert flops_per_token(n_params, n_layer, n_head * head, block_size) == pytest.approx(want, rel=1e-12)
-
-
-def test_flops_of_gpt2():
-    """0.86 GFLOPs a token, as PaLM's appendix B has it: 6 · 124M, and 12 · 12 · 768 · 1024 for attention."""
-    assert flops_per_token(123_587_328, 12, 768, 1024) == 741_523_968 + 113_246_208
 
 
 @pytest.mark.parametrize(
@@ -90,21 +78,33 @@ def lines(folder):
 
 def test_metrics_jsonl(tmp_path, tiny_config, capsys):
     config = tiny_config(out_dir=str(tmp_path))
-    with Reporter(tmp_path, config, first_step=0) as reporter:
+    with Reporter(tmp_path, config, first_step=0, tokens=lambda step: 10 * step) as reporter:
         reporter.say("a line")
         reporter.record(1, {"loss": 3.25, "grad_norm": math.inf})
         reporter.record(2, {"loss": math.nan})
-        assert len(lines(tmp_path)) == 2  # at once, for whoever watches
+        assert len(lines(tmp_path)) == reporter.lines == 2  # at once, for whoever watches
         reporter.progress(2, loss="3.25")
-    with Reporter(tmp_path, config, first_step=2) as reporter:
+        reporter.event(2, "saved", "the best so far")
+        time.sleep(0.1)
+        reporter.record(2, {})
+    with Reporter(tmp_path, config, first_step=2, tokens=lambda step: 10 * step, lines=3) as reporter:
         reporter.record(3, {"val_loss": 1.0})
-    assert lines(tmp_path) == [
-        {"step": 1, "loss": 3.25, "grad_norm": None},
-        {"step": 2, "loss": None},
-        {"step": 3, "val_loss": 1.0},
+        reporter.event(3, "stopped")
+        assert reporter.lines == 4
+    rows = lines(tmp_path)
+    seconds = [row.pop("wall_s") for row in rows]
+    assert rows == [
+        {"step": 1, "loss": 3.25, "grad_norm": None, "tokens": 10},
+        {"step": 2, "loss": None, "tokens": 20},
+        {"step": 2, "tokens": 20},
+        {"step": 3, "val_loss": 1.0, "tokens": 30},
     ]
+    assert seconds == sorted(seconds) and seconds[3] >= seconds[2] >= 0.1, "of all lives of the run"
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [datetime.fromisoformat(event.pop("time")).tzinfo for event in events] == [UTC, UTC]
+    assert events == [{"step": 2, "event": "saved", "detail": "the best so far"}, {"step": 3, "event": "stopped"}]
     assert capsys.readouterr() == ("a line\n", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "metrics.jsonl"]
 
 
 def test_a_progress_bar_on_a_terminal(tmp_path, tiny_config, monkeypatch, capsys):
@@ -128,14 +128,35 @@ def test_other_processes_write_nothing(tmp_path, tiny_config, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_a_warning(tmp_path, tiny_config):
-    with Reporter(tmp_path, tiny_config(), first_step=0) as reporter:
-        full = mock.Mock()
+def test_whatever_fails_is_said_once_and_the_run_goes_on(tmp_path, tiny_config, monkeypatch, capsys, caplog):
+    """A full disk, a tracker whose server is gone, a stdout that nobody reads."""
+    monkeypatch.setattr(console, "_failed", set())
+    wandb = types.ModuleType("wandb")
+    wandb.init = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb.init.return_value.log.side_effect = ConnectionError("gone")
+    with Reporter(tmp_path, tiny_config(wandb_log=True, tensorboard_log=True), first_step=0) as reporter:
+        reporter._board.close()  # what it is told from now on is an error
+        file, full = reporter._file, mock.Mock()
         full.write.side_effect = OSError(28, "No space left on device")
-        reporter._file.close()
         reporter._file = full
-        with pytest.warns(UserWarning, match="No space left on device; the run goes on"):
-            reporter.record(1, {"loss": 1.0})
+        for step in range(3):
+            reporter.record(step, {"loss": 1.0})
+        reporter._file = file
+        reporter.record(3, {"loss": 1.0})
+        with open("/dev/full", "w") as nobody:
+            monkeypatch.setattr(sys, "stdout", nobody)
+            reporter.say("a line")
+            reporter.say("a line")
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                nobody.close()
+    told = [message.partition(":")[0] for message in caplog.messages]
+    assert told == ["metrics.jsonl", "TensorBoard", "W&B"], caplog.messages
+    assert [row["step"] for row in lines(tmp_path)] == [3] and reporter.lines == 1
+    assert wandb.init.return_value.log.call_count == 1
+    err = capsys.readouterr().err
+    assert err == "stdout cannot be written ([Errno 28] No space left on device); the run goes on without it\n"
 
 
 def test_tensorboard(tmp_path, tiny_config):
@@ -146,11 +167,24 @@ def test_tensorboard(tmp_path, tiny_config):
         warnings.simplefilter("ignore")  # TensorBoard's own imports
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    (path,) = tmp_path.glob("*tfevents*")
-    values = [
-        (e.step, v.tag, v.tensor.float_val[0]) for e in EventFileLoader(str(path)).Load() for v in e.summary.value
-    ]
-    assert values == [(5, "loss", 3.25), (6, "loss", 3.0)]
+    paths = sorted(tmp_path.glob("*tfevents*"))
+    events = [event for path in paths for event in EventFileLoader(str(path)).Load()]
+    values = [(e.step, v.tag, v.tensor.float_val[0]) for e in events for v in e.summary.value]
+    assert [x for x in values if x[1] == "loss"] == [(5, "loss", 3.25), (6, "loss", 3.0)]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, tiny_config):
+    """A run killed at step 8 goes on from a checkpoint at 5: what it told of 6, 7 and 8 goes."""
+    for first, last in ((0, 8), (5, 9)):
+        with Reporter(tmp_path, tiny_config(tensorboard_log=True), first_step=first) as reporter:
+            for step in range(first + 1, last + 1):
+                reporter.record(step, {"loss": float(first)})
+        time.sleep(1.1)  # files are named by the second
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    seen = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload().Tensors("loss")
+    assert [(x.step, x.tensor_proto.float_val[0]) for x in seen] == [(i, 5.0 * (i > 5)) for i in range(1, 10)]
 
 
 def test_wandb(tmp_path, tiny_config, monkeypatch):
@@ -159,11 +193,14 @@ def test_wandb(tmp_path, tiny_config, monkeypatch):
     wandb.init = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = tiny_config(wandb_log=True, wandb_project="p", wandb_run_name="r")
-    with Reporter(tmp_path, config, first_step=0) as reporter:
+    with Reporter(tmp_path, config, first_step=0, run_id="abc") as reporter:
         reporter.record(5, {"loss": 3.25, "grad_norm": math.nan})
     assert wandb.init.call_args.kwargs["project"] == "p" and wandb.init.call_args.kwargs["name"] == "r"
+    assert (wandb.init.call_args.kwargs["id"], wandb.init.call_args.kwargs["resume"]) == ("abc", "allow")
     assert wandb.init.call_args.kwargs["config"] == config.to_dict()
-    assert wandb.init.return_value.mock_calls == [mock.call.log({"loss": 3.25}, step=5), mock.call.finish()]
+    (logged, finished) = wandb.init.return_value.mock_calls
+    assert logged.args[0]["loss"] == 3.25 and "grad_norm" not in logged.args[0] and logged.kwargs == {"step": 5}
+    assert finished == mock.call.finish()
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path, tiny_config, monkeypatch):

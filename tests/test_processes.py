@@ -1,6 +1,7 @@
 """What each launcher's variables lead to, through JAX's own detection, nothing started: test_multiprocess.py does."""
 
 import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -10,8 +11,10 @@ import pytest
 from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 
-from jaxgpt import UserError, processes
-from jaxgpt.run.processes import Processes, agree, count_gpus, find_cluster
+from jaxgpt import UserError
+from jaxgpt.run import launchers, processes
+from jaxgpt.run.launchers import count_gpus, find_cluster
+from jaxgpt.run.processes import Processes, agree
 
 LAUNCHERS = ("JAX_", "OMPI_", "PMIX_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "TORCHELASTIC_", "JOB_COMPLETION")
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
@@ -22,13 +25,13 @@ def connect(monkeypatch):
     """connect(variables, gpus): the (processes, index, coordinator, device ids) that JAX ends up with; None: alone."""
 
     def resolve(variables, gpus=0):
-        for name in list(processes.os.environ):
+        for name in list(os.environ):
             if name.startswith(LAUNCHERS) or name in TORCH:
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
         if "CUDA_VISIBLE_DEVICES" not in variables:
-            monkeypatch.setattr(processes.glob, "glob", lambda pattern: [""] * gpus if "nvidia" in pattern else [])
+            monkeypatch.setattr(launchers.glob, "glob", lambda pattern: [""] * gpus if "nvidia" in pattern else [])
         kwargs = find_cluster()
         if kwargs is None:
             return None
@@ -127,7 +130,7 @@ def tpu(monkeypatch):
     """A machine with TPU chips and libtpu."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name == "libtpu" or find_spec(name, *a))
-    monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    monkeypatch.setattr(launchers, "has_tpu", lambda: True)
     for module in (cluster, cloud_tpu_cluster):
         monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
 

@@ -1,8 +1,9 @@
 """Checkpoints: Orbax writes the arrays, digests prove them. The only module that touches Orbax and TensorStore.
 
-`out_dir/checkpoints/<step>/` holds `state/`, the state as Orbax wrote it, a flat tree {path: array}; and `record.json`:
-{step, info, arrays: {path: [dtype, shape, digest]}, files: {name: [bytes, sha256 of small ones]}, seal}. A folder gets
-its name after all of it has been written, synced and read back, and only then older ones go. No pickle is involved.
+`out_dir/checkpoints/<step>/` holds `state/`, the state as Orbax wrote it, a flat tree {path: array}; and `record.json`,
+its manifest: {format, run, step, info, arrays: {path: [dtype, shape, digest]}, files: {name: [bytes, sha256 of small
+ones]}, seal}. A folder gets its name after all of it has been written, synced and read back, and only then are older
+ones removed. No pickle is involved.
 """
 
 import contextlib
@@ -16,10 +17,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -28,8 +30,8 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from jaxgpt import UserError, atomic_write
-from jaxgpt.run.digests import digests, host_digest
-from jaxgpt.run.guard import LOCK, everywhere
+from jaxgpt.run.digests import differing, digests, host_digest
+from jaxgpt.run.guard import RunLock, everywhere
 
 log = logging.getLogger(__name__)
 # Orbax narrates each save through absl's logger, failures with a traceback; they all reach us as exceptions, see below.
@@ -45,34 +47,73 @@ _spec.__hash__ = lambda spec: hash(repr(spec))
 _to_json = functools.lru_cache(1)(_spec.to_json)
 _spec.to_json = lambda spec, include_defaults=False: copy.deepcopy(_to_json(spec, include_defaults))
 
+# Where one write of a save fails, Orbax closes its event loop; TensorStore's other writes then have none to report to,
+# and Python prints a traceback of each. The save has failed by the first, and been reported.
+_unraisable: Callable = sys.unraisablehook
+sys.unraisablehook = lambda x: None if str(x.exc_value) == "Event loop is closed" else _unraisable(x)
+
+FORMAT = 2  # of the state's tree and of the record; 1, which says none, had unnamed optimizer states
 TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
 SAVE_TIMEOUT_S = 600  # bounds a save in the background, and the wait for a process that failed to write its part
-SPARE = 2**18  # bytes that a checkpoint may take besides its arrays
+SPARE = 2**18  # bytes that a checkpoint may take besides its arrays: measured 10 to 40 KiB for 15 to 150 arrays
+SPARE_FILES = 64  # files and folders that it may take: measured 21 for one process, 4 more for each other
 SMALL_FILE = 2**20  # files up to this many bytes are hashed whole; larger ones hold arrays, which have their digests
 # What Orbax, TensorStore and json are known to raise over a damaged file, a full disk or a mount that went away.
 FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, UserError)
 
 
+class PendingSave(NamedTuple):
+    """A save under way, or one that failed at its beginning."""
+
+    step: int
+    info: dict
+    future: Future | None  # of the part in the background
+    error: Exception | None  # of the beginning: there is no future then, or it only waits for other processes
+
+
+class Saved(NamedTuple):
+    """The newest checkpoint that is known to be on disk, saved or restored."""
+
+    step: int
+    info: dict
+
+
 class Checkpoints:
-    """The checkpoints of a run's folder. Restoring writes nothing; saving needs the run's lock (guard.RunLock).
+    """The checkpoints of a run's folder. Restoring writes nothing; saving needs the run's lock, by `begin`.
 
     With several processes each calls every method, in the same order. The best checkpoint is the one whose
-    `info["val_loss"]` is lowest; it is kept besides the newest `keep`.
+    `info["val_loss"]` is lowest; it is kept besides the newest `keep`. A record carries the identity of its run, as
+    config.json does: a checkpoint of another run is refused.
     """
 
     def __init__(self, out_dir: str | os.PathLike, *, keep: int = 2):
         self.folder, self.keep = Path(out_dir).absolute() / "checkpoints", max(1, keep)
-        self._lock, self._locked = self.folder.with_name(LOCK), False
+        self.on_save: Callable[[int, dict], None] = lambda step, info: None  # told, on process 0, what is on disk
+        self.failure = ""  # why the last save failed; "" if it did not, or another process knows
+        self._lock: RunLock | None = None
+        self._run = run_id(self.folder.parent)
         self._first = jax.process_index() == 0
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-        self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_TIMEOUT_S)
+        # If Orbax makes folders in the background and one cannot be made, its threads wait for it for five minutes
+        options = ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=SAVE_TIMEOUT_S)
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._finishing: Future | None = None  # what is left of the save under way
-        self._error: Exception | None = None  # of its beginning
-        self._saving: tuple[int, dict] | None = None  # its step and info
-        self._saved: tuple[int, dict] = -1, {}  # of the newest known to be on disk, saved or restored
+        self._pending: PendingSave | None = None
+        self._saved = Saved(-1, {})
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
+
+    def begin(self, lock: RunLock, run: str) -> None:
+        """For a run that holds its folder's lock, at its start: removes what killed saves and removals left.
+
+        From then on nothing is written once the lock is lost. run: the run's identity, for the records. Raises
+        UserError where there can be no checkpoints.
+        """
+        self._lock, self._run = lock, run
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
+        for path in self.folder.glob(f"*{TMP}") if self._first else ():
+            shutil.rmtree(path, ignore_errors=True)
 
     # --- what is there ---
 
@@ -111,54 +152,70 @@ class Checkpoints:
 
         `info` is a small JSON dictionary; `val_loss` in it ranks the checkpoint. A failure is logged, here or by the
         next call, the run goes on, and older checkpoints stay. A step that is on disk already is not saved again; if
-        `info` brings a validation loss that it lacks there, `info` replaces what its record says.
+        `info` brings a validation loss that it lacks there, `info` replaces what its record says. Raises UserError
+        where processes no longer hold the same state.
         """
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))
-        on_disk = self._saved[0] == step
-        if on_disk and (info.get("val_loss") is None or self._saved[1].get("val_loss") is not None):
+        on_disk = self._saved.step == step
+        if on_disk and (info.get("val_loss") is None or self._saved.info.get("val_loss") is not None):
             self._ok = True
             return
         arrays, working = _flat(state)[0], self.folder / f"{step}{TMP}"
         sums = {} if on_disk else digests(arrays)
-        self._saving = step, info
-        with self._noting_failure():
-            if self._first:  # a folder that cannot be written is found out before any process waits for another
-                self._check_folder()
+        self._check_replicas(sums, step)
+        error = None
+        if self._first:  # a folder that cannot be written is found out before any process waits for another
+            try:
+                self._check_lock()
                 if on_disk:
+                    _sync_metrics(self.folder.parent)
                     _write_record(self.folder / str(step), {**self._record(step), "info": info})
                 else:
                     _make_room(working, sum(x.nbytes for x in arrays.values()) + SPARE)
-        if on_disk or not everywhere(self._error is None):
+            except FAILURES as raised:
+                error = raised
+        if on_disk or not everywhere(error is None):
+            self._pending = PendingSave(step, info, None, error)
             self.wait()
             return
-        with self._noting_failure():
-            self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
-        record = {"step": step, "info": info, "arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items()}}
-        self._finishing = self._background.submit(self._finish, record, working)
-
-    @contextlib.contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        """Within it a failure is not raised, but kept for `wait`: the first one of a save."""
         try:
-            yield
-        except FAILURES as error:
-            self._error = self._error or error
+            self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
+        except FAILURES as raised:
+            error = raised
+        record = {"format": FORMAT, "run": self._run, "step": step, "info": info}
+        record |= {"arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items()}}
+        future = self._background.submit(self._finish, record, working, error is None)
+        self._pending = PendingSave(step, info, future, error)
 
-    def _check_folder(self) -> None:
-        """Raises OSError where the run's folder was moved or its disk unmounted: what is saved to the same path then
-        would hide what is there, or be hidden, when it comes back."""
-        if self._locked and not self._lock.exists():
-            raise OSError(f"{self._lock}, there since the run began, is gone: was its disk unmounted?")
+    def check_replicas(self, state: Any, step: int) -> None:
+        """Raises UserError where processes do not hold the same state, as replicas of the same shards must."""
+        if jax.process_count() > 1:
+            self._check_replicas(digests(_flat(state)[0]), step)
 
-    def _finish(self, record: dict, working: Path) -> None:
+    def _check_replicas(self, sums: dict[str, str], step: int) -> None:
+        if names := differing(sums):
+            more = f" and {len(names) - 1} more arrays" if len(names) > 1 else ""
+            kept = f"; checkpoint {self._saved.step} is sound: resume from it" if self._saved.step >= 0 else ""
+            raise UserError(
+                f"processes do not hold the same {names[0]}{more} at step {step}: a device computes wrongly, or a "
+                f"process runs something else{kept}",
+                status=1,
+            )
+
+    def _check_lock(self) -> None:
+        """Raises OSError where the run's folder is no longer this run's."""
+        if self._lock and (why := self._lock.lost()):
+            raise OSError(why)
+
+    def _finish(self, record: dict, working: Path, begun: bool) -> None:
         """In the background: awaits the writes of all processes, then process 0 commits."""
         try:
             self._orbax.wait_until_finished()
-            if self._first and self._error is None:
+            if self._first and begun:
                 self._commit(record, working)
         finally:
-            if self._first:
+            if self._first and not (self._lock and self._lock.lost()):
                 shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
 
     def _commit(self, record: dict, working: Path) -> None:
@@ -169,14 +226,16 @@ class Checkpoints:
         _write_record(working, {**record, "files": _files(working)})
         for path in (*working.rglob("*"), working):
             _sync(path)
-        self._check_folder()
+        self._check_lock()
+        _sync_metrics(self.folder.parent)
         step, final = record["step"], self.folder / str(record["step"])
-        if final.exists():  # damaged and passed over, or of a branch that the run has left
+        if final.exists():  # damaged and passed over, or stale: see below
             self._remove(step)
         working.rename(final)
         _sync(self.folder)  # before older ones go
         self._unsound.discard(step)
-        # Later steps than the one just saved belong to a branch that the run has left by resuming before them: they go.
+        self.on_save(step, record["info"])
+        # After resuming from an earlier step, newer checkpoints are stale and are deleted.
         self._unsound.update(later for later in self._steps() if later > step)
         whole, best = self._whole()
         for old in {*self._steps()} - {*whole[-self.keep :], *best}:
@@ -191,75 +250,93 @@ class Checkpoints:
 
     def wait(self) -> bool:
         """Waits for the save in the background; whether the last save succeeded, on all processes."""
-        if self._saving is None:
+        if self._pending is None:
             return self._ok
-        late = self._finishing.exception() if self._finishing else None  # waits, also after an earlier error
-        error = self._error or late
+        step, info, future, error = self._pending
+        late = future.exception() if future else None  # waits, also after an error at the beginning
+        error = error or late
         self._ok = everywhere(error is None)
+        self.on_save: Callable[[int, dict], None] = lambda step, info: None  # told, on process 0, what is on disk
+        self.failure = "" if error is None else _brief(error)
         if self._ok:
-            self._saved = self._saving
+            self._saved = Saved(step, info)
         elif error is not None or self._first:
-            why = "another process failed" if error is None else _brief(error)
-            kept = self._saved[0]
+            why = self.failure or "another process failed"
+            kept = self._saved.step
             then = f"the newest on disk is {kept}" if kept >= 0 else "there is none on disk yet"
-            log.error("CHECKPOINT %d NOT SAVED in %s: %s; the run goes on, %s", self._saving[0], self.folder, why, then)
-        self._saving = self._finishing = self._error = None
+            log.error("CHECKPOINT %d NOT SAVED in %s: %s; the run goes on, %s", step, self.folder, why, then)
+        self._pending = None
         return self._ok
 
     def close(self) -> None:
         """Lets a save in the background end, asking no other process: for the way out after an error."""
         self._background.shutdown()
 
-    def remove_leftovers(self) -> None:
-        """Removes what killed saves and removals left. For a run that holds its folder's lock, at its start."""
-        self._locked = self._lock.exists()
-        for path in self.folder.glob(f"*{TMP}") if self._first else ():
-            shutil.rmtree(path, ignore_errors=True)
-
     # --- restoring ---
 
-    def restore(self, abstract_state: Any, which: Literal["latest", "best"] | int = "latest") -> tuple[Any, dict, int]:
+    def restore(
+        self,
+        abstract_state: Any,
+        which: Literal["latest", "best"] | int = "latest",
+        *,
+        optional: Collection[str] = (),
+    ) -> tuple[Any, dict, int]:
         """(state, info, step) of the checkpoint asked for, or of the newest sound one, saying what was passed over.
 
         `abstract_state` is the saved pytree, or some of its top-level fields ({"params": …} leaves the optimizer state
         unread), as ShapeDtypeStructs whose shardings (default: the first local device) need not be those it was saved
-        with. Every array is checked against its digest. Raises UserError if nothing sound fits.
+        with. A field named in `optional` that the checkpoint lacks is None in the result, which is said. Every array is
+        checked against its digest. Raises UserError if nothing sound fits, or if a checkpoint is another run's.
         """
         self.wait()
-        wanted, treedef = _flat(abstract_state)
+        wanted = _flat(abstract_state)[0]
         steps = [step for step in reversed(self.steps()) if isinstance(which, str) or step == which]
         best = _from_first(self._whole()[1]) if which == "best" else []
         problems, other_model = [], ""
         for step in dict.fromkeys(best + steps):
             try:
-                record, arrays = self._read(step, wanted)
+                record, arrays = self._read(step, wanted, optional)
             except ValueError as error:
                 other_model = other_model or (str(error) if isinstance(error, _OtherModel) else "")
                 problems.append(f"checkpoint {step} passed over: {_brief(error)}")
                 self._unsound.add(step)
                 continue
+            there, here = ({path.split(".")[0] for path in names} for names in (record["arrays"], wanted))
+            missing, rest = sorted(here - there), sorted(there - here) if "opt_state" in here else []
+            if missing:
+                problems.append(f"it has no {', '.join(missing)}, which this run then begins anew")
+            if rest:
+                problems.append(f"it also holds {', '.join(rest)}, which this run does not use")
             for text in problems if self._first else ():
                 log.warning("%s; using checkpoint %d", text, step)
-            self._saved = step, record["info"]
-            return treedef.unflatten(arrays[path] for path in wanted), record["info"], step
+            self._saved = Saved(step, record["info"])
+            state = _without(abstract_state, missing)
+            leaves, treedef = _flat(state)
+            return treedef.unflatten(arrays[path] for path in leaves), record["info"], step
         if other_model:
             raise UserError(f"{self.folder} holds another model: {other_model}; give the settings it was trained with")
         if problems:
             raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(problems)}")
         raise UserError(f"no checkpoint{'' if isinstance(which, str) else f' {which}'} in {self.folder}; check out_dir")
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict, dict[str, jax.Array]]:
-        """The record and the wanted arrays, all checked. Raises ValueError, on every process if on any."""
+    def _read(self, step: int, wanted: dict[str, Any], optional: Collection[str]) -> tuple[dict, dict[str, jax.Array]]:
+        """The record and the wanted arrays, all checked. Raises ValueError, on every process if on any; UserError where
+        the checkpoint is sound, but not for this program or this run."""
         folder, record, arrays, failure = self.folder / str(step), {}, {}, None
         try:
             record = self._record(step)
+            _check_format(record, wanted, folder)
+            if self._run and record.get("run") and record["run"] != self._run:
+                ids = f"{record['run']}, not {self._run}"
+                raise UserError(f"{folder} is another run's ({ids}); move it back to where it came from")
+            wanted = {k: x for k, x in wanted.items() if k.split(".")[0] not in _lacking(record, optional)}
             _check_fits(record, wanted)
             found = _files(folder)
             if damaged := [name for name, of in record["files"].items() if found.get(name) != of]:
                 raise ValueError(f"file {damaged[0]} is {'altered' if damaged[0] in found else 'missing'}")
             arrays = {name: _load(store, wanted[name]) for name, store in _open(folder, wanted).items()}
         except FAILURES as error:
-            failure = error if isinstance(error, ValueError) else ValueError(_brief(error))
+            failure = error if isinstance(error, ValueError | UserError) else ValueError(_brief(error))
         if not everywhere(failure is None):
             raise failure or ValueError("another process cannot read it")
         for path, digest in digests(arrays).items():  # from here on every process sees the same
@@ -271,6 +348,15 @@ class Checkpoints:
 # --- names, records, files ---
 
 
+def run_id(run: Path) -> str:
+    """The identity in a run's config.json, which survives copying the folder; "" where there is none."""
+    try:
+        found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("run_id", "")
+    except (OSError, ValueError, AttributeError, RecursionError):  # whoever needs the config says what is wrong
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def _flat(tree: Any) -> tuple[dict[str, Any], Any]:
     """({"params.h.0.ln_1.scale": leaf, …}, treedef): names that do not depend on the containers' types."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -279,6 +365,31 @@ def _flat(tree: Any) -> tuple[dict[str, Any], Any]:
 
 def _kind(x: Any) -> tuple[str, list[int]]:
     return np.dtype(x.dtype).name, list(x.shape)
+
+
+def _without(state: Any, fields: Collection[str]) -> Any:
+    """The NamedTuple or dictionary with these fields None."""
+    if not fields:
+        return state
+    gone = dict.fromkeys(fields)
+    return {**state, **gone} if isinstance(state, dict) else state._replace(**gone)
+
+
+def _lacking(record: dict, optional: Collection[str]) -> set[str]:
+    """Those of the optional fields that the checkpoint has no array of."""
+    return set(optional) - {path.split(".")[0] for path in record["arrays"]}
+
+
+def _check_format(record: dict, wanted: dict[str, Any], folder: Path) -> None:
+    """Raises UserError where the record's format is not this program's. Parameters alone are the same in all."""
+    version = record.get("format", 1)
+    if version > FORMAT:
+        raise UserError(f"{folder} is of format {version}, and this jaxgpt reads up to {FORMAT}; use a newer jaxgpt")
+    if version < FORMAT and any(path.split(".")[0] != "params" for path in wanted):
+        raise UserError(
+            f"{folder} was saved by an older jaxgpt (format {version}) and cannot be resumed by this one; start a new "
+            f"run from its parameters: --config.init_from={folder.parents[1]} and another out_dir"
+        )
 
 
 class _OtherModel(ValueError):
@@ -311,9 +422,21 @@ def _make_room(working: Path, need: int) -> None:
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     free = shutil.disk_usage(working).free
-    if free < need:
+    lacks = f"{free:,} bytes are free, {need:,} needed" if free < need else ""
+    if hasattr(os, "statvfs"):
+        there = os.statvfs(working)
+        if there.f_files and there.f_favail < SPARE_FILES:  # 0: a file system without a bound on inodes
+            lacks = f"{there.f_favail:,} more files may be made (inodes), {SPARE_FILES} needed"
+    if lacks:
         working.rmdir()
-        raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {need:,} needed")
+        raise OSError(errno.ENOSPC, lacks)
+
+
+def _sync_metrics(run: Path) -> None:
+    """Has metrics.jsonl outlive a power cut, before a checkpoint commits: all its lines up to that step are written."""
+    if (run / "metrics.jsonl").is_file():
+        _sync(run / "metrics.jsonl")
+        _sync(run)
 
 
 def _sync(path: Path) -> None:

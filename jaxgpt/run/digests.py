@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def _fold(xp, words, index):
@@ -36,6 +37,18 @@ def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
     # One after the other: with CPU devices, the reductions of several arrays at once can wait for each other forever.
     sums = {path: jax.device_get(_device_sums(x)) for path, x in arrays.items()}
     return {path: f"{a:08x}{b:08x}" for path, (a, b) in sums.items()}
+
+
+def differing(sums: dict[str, str]) -> list[str]:
+    """Names of arrays whose digests are not the same on all processes, each of which must call.
+
+    A replicated array is digested from each process's own replica, so that replicas which have drifted apart show.
+    """
+    if jax.process_count() == 1 or not sums:
+        return []
+    table = np.array([[int(x[:8], 16), int(x[8:], 16)] for x in sums.values()], np.uint32)
+    tables = multihost_utils.process_allgather(table)
+    return [name for name, bad in zip(sums, (tables != tables[0]).any((0, 2)), strict=True) if bad]
 
 
 def host_digest(x: np.ndarray) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -19,8 +20,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt import UserError, atomic_write
-from jaxgpt.run.processes import LINGER_S, joined
+from jaxgpt import FULL, Unavailable, UserError, atomic_write
+from jaxgpt.console import complain
+from jaxgpt.run import sentinel
+from jaxgpt.run.processes import LAST_ACTS, LAUNCHER, LINGER_S, joined
 
 try:
     import fcntl
@@ -31,7 +34,9 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # the file of a run's folder that is there as long as the run holds it
 FOREVER_MS = 10**12
-LOCK_HELD_GRACE_S = 30.0  # how long the watchdog's thread may wait for the interpreter's lock
+LOCK_HELD_GRACE_S = 30.0  # beyond the timeout, where no thread of Python can run: compilations have held it for 10 s
+REPEAT_S = 1.0  # a signal repeated within it is the same wish: a launcher and a process group deliver it twice
+SUSPENDED_S = 1.0  # a thread that wakes so much too late was stopped, with its process or the whole machine
 
 
 class Exit(enum.IntEnum):
@@ -40,6 +45,7 @@ class Exit(enum.IntEnum):
     DONE = 0
     FAILURE = 1  # a bug or a broken machine: a traceback tells
     USER_ERROR = 2  # one line, `error: …`; starting it again changes nothing
+    UNAVAILABLE = 69  # likewise, but it may pass: a full disk, a folder in use, a late host (EX_UNAVAILABLE)
     STOPPED = 75  # by a signal, saved: start it again with init_from=auto (EX_TEMPFAIL of sysexits.h)
     STALLED = 76  # no step within stall_timeout: start it again with init_from=auto
     DIVERGED = 77  # max_bad_steps non-finite steps in a row
@@ -48,24 +54,70 @@ class Exit(enum.IntEnum):
 class RunLock(contextlib.ExitStack):
     """A context in which this run alone writes to `folder`, made if it does not exist.
 
-    The system drops the lock when its process ends, however it ends. With several processes each enters; process 0
-    holds the lock for all. Raises UserError, having changed nothing, if another run holds it or the folder cannot be
-    written.
+    Whatever depends on what the folder holds is decided within it. The system drops the lock when the process ends,
+    however it ends. With several processes each enters; process 0 holds the lock for all. Raises Unavailable if another
+    run holds it, UserError if the folder cannot be written, having changed nothing.
     """
 
     def __init__(self, folder: str | os.PathLike):
         super().__init__()  # what is put on the stack is undone at the end, the last first
         self._path = Path(folder).absolute() / LOCK
+        self._handle: int | None = None
+        self._before: set[str] | None = None  # what was in the folder before the start that is under way
 
     def __enter__(self) -> "RunLock":
-        problem = self._take() if jax.process_index() == 0 else ""
-        if not everywhere(not problem):
+        problem = self._take() if jax.process_index() == 0 else None
+        if not everywhere(problem is None):
             self.close()
-            raise UserError(problem or "process 0 could not lock the run's folder; see its message")
+            raise problem or UserError("process 0 could not lock the run's folder; see its message")
+        LAST_ACTS.append(self._abandon)
+        self.callback(LAST_ACTS.remove, self._abandon)
         return self
 
-    def _take(self) -> str:
-        """Takes the lock; says why if it cannot."""
+    def lost(self) -> str:
+        """Why the folder is no longer this run's; "" if it is.
+
+        The folder was moved or its disk unmounted, and perhaps another run began at the same path. What is saved there
+        then would mix two runs, hide what was there, or be hidden when it comes back.
+        """
+        if self._handle is None:  # another process holds it; or Windows
+            return ""
+        try:
+            there = self._path.stat(follow_symlinks=False)
+        except OSError:
+            return f"{self._path}, there since the run began, is gone: was its disk unmounted, or the folder moved?"
+        if not os.path.samestat(there, os.fstat(self._handle)):
+            return f"{self._path} is no longer this run's: the folder was moved, and another run began in its place"
+        return ""
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Within it, an exception removes from the folder what was not there before: a failed start leaves nothing."""
+        if self._handle is not None:
+            self._before = {path.name for path in self._path.parent.iterdir()}
+        try:
+            yield
+        except BaseException:
+            self._undo_start()
+            raise
+        self._before = None
+
+    def _undo_start(self) -> None:
+        if self._before is None or self.lost():
+            return
+        for path in [path for path in self._path.parent.iterdir() if path.name not in self._before]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _quietly(path.unlink)
+
+    def _abandon(self) -> None:
+        """What leaving the context does, for a process that another one's failure ends."""
+        self._undo_start()
+        self.close()
+
+    def _take(self) -> UserError | None:
+        """Takes the lock; the error if it cannot."""
         folder = self._path.parent
         try:
             for path in (*reversed(folder.parents), folder):
@@ -74,27 +126,37 @@ class RunLock(contextlib.ExitStack):
             folder.mkdir(parents=True, exist_ok=True)
             while fcntl:
                 with contextlib.ExitStack() as opened:
-                    handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                    how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                    handle = os.open(self._path, how, 0o644)
                     opened.callback(os.close, handle)
                     try:
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
                         holder = os.read(handle, 200).decode(errors="replace") or "another process"
-                        return f"{folder} is in use by {holder}; wait for it, stop it, or choose another out_dir"
+                        hint = "wait for it, stop it, or choose another out_dir"
+                        return Unavailable(f"{folder} is in use by {holder}; {hint}")
                     except OSError as error:  # a network file system without locks
                         log.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
                     with contextlib.suppress(FileNotFoundError):
                         if os.path.samestat(self._path.stat(), os.fstat(handle)):
                             # before it is closed: whoever has opened it meanwhile sees that it is gone
-                            opened.callback(_quietly, self._path.unlink)
+                            opened.callback(self._remove)
                             os.ftruncate(handle, 0)
                             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                            self._handle = handle
                             self.push(opened.pop_all())
                             break
                     # its last holder removed the file between our opening and locking it: again
         except OSError as error:
-            return f"out_dir {folder} cannot be written: {error.strerror or error}; choose another out_dir"
-        return ""
+            text = f"out_dir {folder} cannot be written: {error.strerror or error}; choose another out_dir"
+            return Unavailable(text) if error.errno in FULL else UserError(text)
+        return None
+
+    def _remove(self) -> None:
+        """Removes the lock file, if it is this run's."""
+        if not self.lost():
+            _quietly(self._path.unlink)
+        self._handle = None
 
 
 def _quietly(remove: Callable[[], None]) -> None:
@@ -112,12 +174,15 @@ class Stopped(Exception):
 
 
 class Stop:
-    """A context in which SIGTERM and SIGINT ask the run to stop, and a second one ends the process at once.
+    """A context in which SIGTERM, SIGINT and SIGHUP ask the run to stop, and a later one ends the process at once.
 
     Enter it after `jax.distributed.initialize`. A thread handles the signals, so that a compilation cannot hold them
-    up. With several processes, the one that gets a signal tells all through the coordinator. Each then holds its next
-    call of `requested` until it knows how many calls every one has made, and all stop at the first that none has made.
-    (JAX's preemption service does the same, but looks for signals once a second.)
+    up. With several processes, the one that gets a signal tells all through the coordinator. Every process publishes
+    how many times it has called `requested`; all stop at the largest count plus one. (JAX's preemption service does the
+    same, but looks for signals once a second.)
+
+    A signal repeated within REPEAT_S is the same wish. Under scripts/launch_local no repetition counts: it hears a
+    second wish itself, where a loaded machine cannot delay what it passes on.
     """
 
     def __init__(self) -> None:
@@ -134,9 +199,12 @@ class Stop:
             self._put_back.callback(bell.close)  # ends the thread
             old_fd = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
             self._put_back.callback(signal.set_wakeup_fd, old_fd)
-            for number in (signal.SIGINT, signal.SIGTERM):  # a handler must be there, but the bell does the work
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+                numbers.append(signal.SIGHUP)
+            for number in numbers:  # a handler must be there, but the bell does the work
                 self._put_back.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-            threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
+            threading.Thread(target=self._listen, args=(ear, numbers), name="signals", daemon=True).start()
         if self._several:
             self._agreeing.start()
         return self
@@ -159,17 +227,22 @@ class Stop:
         if self.requested():
             raise Stopped
 
-    def _listen(self, ear: socket.socket) -> None:
+    def _listen(self, ear: socket.socket, numbers: list[signal.Signals]) -> None:
+        first, launched = math.inf, LAUNCHER in os.environ
         with ear:
-            if not (first := ear.recv(1)):  # closed: the run is over
-                return
-            print(f"{signal.Signals(first[0]).name}: saving, then stopping; once more stops at once", file=sys.stderr)
-            if self._several:  # by a thread of its own: should that take long, a second signal is heard all the same
-                threading.Thread(target=self._tell, daemon=True).start()
-            else:
-                self._stop_at = 0
-            if second := ear.recv(1):
-                os._exit(128 + second[0])
+            while heard := ear.recv(1):  # empty: closed, the run is over
+                if heard[0] not in numbers:  # of somebody else's handler
+                    continue
+                if first == math.inf:
+                    first = time.monotonic()
+                    if self._several:  # by a thread of its own: should that take long, later signals are heard
+                        threading.Thread(target=self._tell, daemon=True).start()
+                    else:
+                        self._stop_at = 0
+                    more = "" if launched else "; once more stops at once"
+                    complain(f"{signal.Signals(heard[0]).name}: saving, then stopping{more}")
+                elif time.monotonic() - first > REPEAT_S and not launched:
+                    os._exit(128 + heard[0])
 
     def _tell(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: JAX ends this process
@@ -189,17 +262,21 @@ class Watchdog:
     """A context that ends the process with Exit.STALLED, every thread's stack printed, if no step finishes in time.
 
     `beat` at each finished step allows `timeout` more seconds; 0 disables. Waits of other lengths (compilation,
-    evaluation) go under `allow`.
+    evaluation) go under `allow`. Time for which the process did not run does not count: a suspended machine, SIGSTOP, a
+    debugger.
     """
 
     def __init__(self, timeout: float):
-        self._timeout = timeout
+        self._timeout, self._not_run = timeout, 0.0  # seconds, seconds
         self.beat()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._sentinel: sentinel.Sentinel | None = None
 
     def __enter__(self) -> "Watchdog":
         if self._timeout:
+            if sentinel.available():
+                self._sentinel = sentinel.Sentinel(Exit.STALLED, LINGER_S if jax.distributed.is_initialized() else 0.0)
             self._thread.start()
         return self
 
@@ -207,48 +284,70 @@ class Watchdog:
         self._ended.set()
         if self._timeout:
             self._thread.join()
+            if self._sentinel:
+                self._sentinel.close()
+
+    def _clock(self) -> float:
+        """Seconds for which this process has run, from some moment on."""
+        return time.monotonic() - self._not_run
 
     def beat(self) -> None:
         """A step finished."""
-        self._deadline, self._what = time.monotonic() + self._timeout, "step"
+        self._deadline, self._what = self._clock() + self._timeout, "step"
 
     @contextlib.contextmanager
     def allow(self, what: str, seconds: float) -> Iterator[None]:
         """Within it, `what` may take `seconds` (or `timeout`, if that is more) without a finished step."""
-        self._deadline, self._what = time.monotonic() + max(seconds, self._timeout), what
+        self._deadline, self._what = self._clock() + max(seconds, self._timeout), what
         yield
         self.beat()
+        self._tell_sentinel()  # of the nearer deadline, before anything holds the interpreter's lock
+
+    def _tell_sentinel(self) -> None:
+        """Where something keeps the interpreter's lock, this thread is stuck too, and the sentinel ends the run."""
+        left = max(0.0, self._deadline - self._clock()) + LOCK_HELD_GRACE_S
+        if self._sentinel:
+            self._sentinel.allow(left, self._what, self._thread)
+        elif self._timeout:  # there the status is 1, and time for which the process was stopped counts
+            faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or 2)
 
     def _watch(self) -> None:
-        left = self._timeout
-        while not self._ended.wait(min(left, self._timeout / 4, 10.0)):
-            left = self._deadline - time.monotonic()
-            if left < 0:
-                print(f"watchdog: no {self._what} finished in time; every thread's stack:", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-                if jax.distributed.is_initialized():
-                    time.sleep(LINGER_S)  # others end with this one, and what all wait for may be in another
-                os._exit(Exit.STALLED)
-            # If something keeps the interpreter's lock, this thread is stuck too: then faulthandler's own ends the run.
-            faulthandler.dump_traceback_later(left + LOCK_HELD_GRACE_S, exit=True, file=sys.__stderr__ or 2)
-        faulthandler.cancel_dump_traceback_later()
+        while (left := self._deadline - self._clock()) >= 0:
+            self._tell_sentinel()
+            wait, began = min(left, self._timeout / 4, 10.0), time.monotonic()
+            if self._ended.wait(wait):
+                faulthandler.cancel_dump_traceback_later()
+                return
+            late = time.monotonic() - began - wait
+            if late > SUSPENDED_S:
+                self._not_run += late
+        complain(f"watchdog: no {self._what} finished in time; every thread's stack:")
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        if jax.distributed.is_initialized():
+            time.sleep(LINGER_S)  # others end with this one, and what all wait for may be in another
+        os._exit(Exit.STALLED)
 
 
-def trim_jsonl(path: Path, step: int, without: str = "") -> None:
+def trim_jsonl(path: Path, step: int, without: str = "") -> int:
     """Drops from a file of one JSON object a line those with a `step` above `step`, and torn lines; atomically.
 
-    `without`: a key that drops a line of `step` itself. UserError on a full disk.
+    `without`: a key that drops a line of `step` itself. Returns how many lines are left. UserError where it cannot be
+    read or written.
     """
 
     def stays(line: bytes) -> bool:
         try:
             row = json.loads(line)
             return line.endswith(b"\n") and (row["step"] < step or row["step"] == step and without not in row)
-        except (ValueError, TypeError, KeyError):  # cut short by a kill, or blanks after a power cut
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut short by a kill, or blanks after a power cut
             return False
 
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; move it away") from None
     kept = [line for line in lines if stays(line)]
     if kept != lines:
         with atomic_write(path) as file:
             file.writelines(kept)
+    return len(kept)
