@@ -15,6 +15,7 @@ import re
 import runpy
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -162,8 +163,8 @@ def validate(config: ConfigDict) -> None:
         if config[name] < (config.init_from == "scratch"):
             raise UserError(f"{name}={config[name]} must be at least 1, or 0 for that of the weights init_from names")
     take(OptimizerConfig, config)  # checks what holds between its keys
-    if not config.out_dir:
-        raise UserError("out_dir is empty; name the run's folder")
+    if not config.out_dir or not config.out_dir.isprintable():  # bytes that are no UTF-8 come as lone surrogates
+        raise UserError(f"out_dir={config.out_dir!r} names no folder: it is empty or cannot be printed; choose another")
 
 
 def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = None) -> Parts:
@@ -479,7 +480,12 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         status = 1 if problem is None else problem.status
     console.settle()
     if status:
-        last = threading.Timer(EXIT_S, os._exit, (status,))
-        last.daemon = True
-        last.start()
+        threading.Thread(target=_end_in_time, args=(status,), daemon=True).start()
     sys.exit(status)
+
+
+def _end_in_time(status: int) -> None:
+    """Ends the process EXIT_S after its main thread did."""
+    threading.main_thread().join()
+    time.sleep(EXIT_S)
+    os._exit(status)

@@ -12,19 +12,20 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import Unavailable, UserError, console
+from jaxgpt import Unavailable, UserError, console, local_path
 from jaxgpt.config import (
     DataConfig,
     Parser,
     Parts,
     parse_config,
     read_config,
+    read_saved,
     resolve,
     resumed_config,
     run_main,
     save_config,
 )
-from jaxgpt.data import RunData, corpus_folders, prefetch
+from jaxgpt.data import RunData, check_same_corpora, corpus_folders, prefetch
 from jaxgpt.keys import take
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
 from jaxgpt.models import count_params, find_model
@@ -35,6 +36,7 @@ from jaxgpt.scoring.evaluation import Evaluation
 from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
+from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.weights.opening import OpenedModel, open_model
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", nargs="?", type=int, const=0, metavar="DEVICES", help=explained)
     with Processes():
         config, given, args = parse_config(argv, parser)
+        config.out_dir = str(local_path(config.out_dir))
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
         agree("config", {**numerics(), **config, "data_dir": "each host's own"})
@@ -94,7 +97,11 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
     resume, config, changes = decide_resume(config, given, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
     data = open_data(config, mesh, weights)
-    agree("data", {**data.facts(), "tokenizer": data.meta.identity})
+    if resume:
+        check_same_corpora(read_saved(Path(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
+        ours, corpus = corpus_meta(config.out_dir, data.vocab_size), config.data_dir or config.dataset
+        check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
+    agree("data", data.facts())
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     evaluate = Evaluation(parts, data, mesh)
     return Prepared(config, changes, resume, weights, data, parts, abstract_state(parts, mesh), evaluate)
@@ -218,6 +225,7 @@ def decide_resume(
     if how == "resume" and not steps:
         raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=auto")
     if not steps:
+        check_empty(run)
         return False, config, []
     if how == "scratch" and not config.eval_only:
         raise UserError(f"{run} already holds a run; go on with init_from=resume, or choose another out_dir")
@@ -231,6 +239,15 @@ def decide_resume(
     if steps[-1] > config.max_iters:
         raise UserError(f"the run in {run} is at step {steps[-1]} already; raise max_iters={config.max_iters}")
     return True, config, changes
+
+
+def check_empty(run: Path) -> None:
+    """Raises UserError where a folder holds what a new run would spoil. A run that saved nothing is none of it."""
+    models = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "ckpt.pt")
+    if found := [name for name in models if (run / name).exists()]:
+        raise UserError(f"{run} holds a model ({found[0]}); choose another out_dir")
+    if (run / "config.json").exists() and "out_dir" not in read_saved(run):
+        raise UserError(f"{run} holds a config.json that is no run's; choose another out_dir")
 
 
 def open_weights(config: ConfigDict, mesh: Mesh) -> OpenedModel:
@@ -347,14 +364,14 @@ class StepLog:
         speed = self._stopwatch.lap(last)
         for i, step in enumerate(range(last - len(values["loss"]) + 1, last + 1)):
             row = {key: float(x[i]) for key, x in values.items()}
+            finite = bool(row.pop("finite"))
             if bad := int(row.pop("bad_steps")):
                 self._reporter.say(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: update dropped")
                 self._reporter.record(step, {"skipped": bad})
-                finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
                 if bad >= self._config.max_bad_steps and not finite:  # spikes end by themselves: see step.Spikes
                     raise UserError(
-                        f"{bad} steps in a row up to {step} were dropped, their loss or gradient not finite; the "
-                        f"last good checkpoint is in {self._config.out_dir}: resume from it with a lower learning_rate",
+                        f"{bad} steps in a row up to {step} were dropped, their loss, gradient or update not finite; "
+                        f"the last good checkpoint is in {self._config.out_dir}: resume with a lower learning_rate",
                         status=guard.Exit.DIVERGED,
                     )
             elif step % self._config.log_interval == 0:

@@ -216,7 +216,11 @@ def test_processes_that_differ_end_before_the_first_step(pair, token_folder, tmp
             pair("devices", XLA_FLAGS="--xla_force_host_platform_device_count=2"),
             "devices=2 here, 1 in process 0",
         ),
-        ("data", pair("data", f"--config.data_dir={other}"), "(.*/)?train.bin=.* digest [0-9a-f]+ here, .* in process 0"),
+        (
+            "data",
+            pair("data", f"--config.data_dir={other}"),
+            "(.*/)?train.bin=.* digest [0-9a-f]+ here, .* in process 0",
+        ),
     ]:
         assert processes.end(0, 1, within=PATIENCE_S) == [2, 2], what
         message += "; start every process with the same\n"
