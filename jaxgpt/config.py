@@ -4,6 +4,7 @@ A model's own keys are in its file, the optimizer's in optim.py; all are flat: `
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import faulthandler
@@ -463,7 +464,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     This is the one place that does so, but for several processes: see Processes.
     """
     console.prepare()
-    faulthandler.enable()  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
+    with contextlib.suppress(ValueError, RuntimeError):  # a stderr that is no file; none
+        faulthandler.enable()  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # where stderr cannot be written
     try:

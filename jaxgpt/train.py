@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from jaxgpt import Unavailable, UserError, console, local_path
 from jaxgpt.config import (
@@ -33,6 +35,7 @@ from jaxgpt.run import guard
 from jaxgpt.run.checkpoint import Checkpoints, run_id
 from jaxgpt.run.processes import Processes, agree, numerics
 from jaxgpt.scoring.evaluation import Evaluation
+from jaxgpt.scoring.samples import Samples
 from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
@@ -90,6 +93,7 @@ class Prepared(NamedTuple):
     parts: Parts
     abstract: TrainState
     evaluate: Evaluation
+    write_sample: Samples
 
 
 def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, checkpoints: Checkpoints) -> Prepared:
@@ -103,8 +107,9 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
         check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
     agree("data", data.facts())
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
-    evaluate = Evaluation(parts, data, mesh)
-    return Prepared(config, changes, resume, weights, data, parts, abstract_state(parts, mesh), evaluate)
+    evaluate, write_sample = Evaluation(parts, data, mesh), Samples(parts, data.tokenizer, mesh)
+    abstract = abstract_state(parts, mesh)
+    return Prepared(config, changes, resume, weights, data, parts, abstract, evaluate, write_sample)
 
 
 def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.Exit:
@@ -125,9 +130,8 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         ExitStack() as opened,
     ):
         with watchdog.allow("start", SLOW_LIMIT_S), lock.starting():
-            config, changes, resume, weights, data, parts, abstract, evaluate = prepare(
-                config, given, mesh, checkpoints
-            )
+            plan = prepare(config, given, mesh, checkpoints)
+            config, changes, resume, weights, data, parts, abstract, evaluate, write_sample = plan
             identity = run_id(run) or secrets.token_hex(8)
             checkpoints.begin(lock, identity)
             state, info, step = checkpoints.restore(abstract, optional=OPTIONAL) if resume else (abstract, {}, 0)
@@ -157,6 +161,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
         reporter.say("\n".join([*describe(parts, mesh, data, abstract, step), *changes]))
         reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
+        checkpoints.on_save = reporter.saved
         log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
 
         def save() -> None:
@@ -167,6 +172,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         while True:
             if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:
                 log.flush()
+                reporter.waiting(f"step {step}: evaluating")
                 with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
                     try:
                         scores = evaluate(state.best_params, stop.check)
@@ -177,6 +183,10 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
                     progress = progress.after(step, scores["val_loss"])
                     if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
                         save()
+            if config.sample_interval and step and step % config.sample_interval == 0:
+                log.flush()
+                with watchdog.allow("sample", SLOW_LIMIT_S):
+                    reporter.sample(step, config.sample_prompt, write_sample(state.best_params))
             if step == config.max_iters or stop.requested():
                 break
             state, metrics = train_step(state, next(batches)[1])
@@ -186,10 +196,27 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         with watchdog.allow("save", SLOW_LIMIT_S):
             save()
             saved = checkpoints.wait()
+        if saved:
+            finished = progress.evaluated == config.max_iters
+            reporter.event(step, "finished" if finished else "stopped")
+            reporter.say("\n".join(next_commands(config, step, progress)))
     if not saved:
         why = checkpoints.failure or "see the other processes' messages"
         raise Unavailable(f"the last checkpoint is not saved in {run} ({why}); mend it and go on with init_from=auto")
     return guard.Exit.DONE if progress.evaluated == config.max_iters else guard.Exit.STOPPED
+
+
+def next_commands(config: ConfigDict, step: int, progress: Progress) -> list[str]:
+    """How a run ended and what can be done with it, for people."""
+    if progress.evaluated < config.max_iters:
+        return [f"stopped at step {step} of {config.max_iters} and saved; to go on: --config.init_from=auto"]
+    out_dir = shlex.quote(config.out_dir)
+    return [
+        f"finished; the best val loss was {progress.best_val_loss:.4f}, at step {progress.best_step}; next:",
+        f"  python -m jaxgpt.sample --out_dir={out_dir}",
+        f"  python -m jaxgpt.evaluate --out_dir={out_dir}",
+        f"  python -m jaxgpt.report {out_dir}",
+    ]
 
 
 def evaluate_only(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh) -> guard.Exit:
@@ -292,6 +319,7 @@ def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, ide
         return 0
     data.copy_tokenizer(run)
     lines = guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
+    guard.trim_jsonl(run / "samples.jsonl", step, without="text")
     about = {"model_source": find_model(config.model).source, "data": data.facts(), "environment": environment()}
     save_config(config, run, run_id=identity, **about)
     return lines
@@ -301,14 +329,15 @@ def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) 
     """How many optimizer steps one call of the compiled function takes.
 
     By default enough that a call takes about 50 ms, so that the device does not wait for the host between short steps.
-    Evaluations, the end and the step to go on from fall between calls: it divides them all.
+    Evaluations, samples, the end and the step to go on from fall between calls: it divides them all.
     """
-    common = math.gcd(config.eval_interval, config.max_iters, step)
+    common = math.gcd(config.eval_interval, config.sample_interval, config.max_iters, step)
     if config.steps_per_call:
         if common % config.steps_per_call:
             raise UserError(
                 f"steps_per_call={config.steps_per_call} must divide eval_interval={config.eval_interval}, "
-                f"max_iters={config.max_iters} and the step to start from, {step}; {common} does"
+                f"sample_interval={config.sample_interval}, max_iters={config.max_iters} and the step to start from, "
+                f"{step}; {common} does"
             )
         return config.steps_per_call
     peak = peak_flops(jax.devices()[0])
@@ -366,7 +395,9 @@ class StepLog:
             row = {key: float(x[i]) for key, x in values.items()}
             finite = bool(row.pop("finite"))
             if bad := int(row.pop("bad_steps")):
-                self._reporter.say(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: update dropped")
+                why = f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.4f}"
+                self._reporter.say(f"step {step}: {why}: update dropped")
+                self._reporter.event(step, "dropped", why)
                 self._reporter.record(step, {"skipped": bad})
                 if bad >= self._config.max_bad_steps and not finite:  # spikes end by themselves: see step.Spikes
                     raise UserError(
@@ -379,7 +410,8 @@ class StepLog:
                 ms = f", time {speed['step_ms']:.2f}ms" if speed else ""
                 self._reporter.say(f"iter {step}: loss {row['loss']:.4f}{ms}{mfu}")
                 self._reporter.record(step, row | speed)
-        self._reporter.progress(last, loss=f"{row['loss']:.4f}")
+        rate = {"tok/s": tqdm.format_sizeof(speed["tokens_per_s"])} if speed else {}
+        self._reporter.progress(last, loss=f"{row['loss']:.4f}", **rate)
 
 
 if __name__ == "__main__":
