@@ -94,7 +94,8 @@ def environment() -> dict[str, Any]:
     for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         found[package] = version(package)
     found["command"] = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
-    found |= {"host": socket.gethostname(), "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}"}
+    found |= {"folder": os.getcwd(), "host": socket.gethostname()}
+    found |= {"devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}"}
     found["processes"] = jax.process_count()
     checkout = Path(__file__).parents[1]
     if (checkout / ".git").exists():
