@@ -104,7 +104,7 @@ OPTIMIZERS: dict[str, Callable[["OptimizerConfig"], dict[str, Group]]] = {"adamw
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer's keys. Raises UserError on values that make no optimizer."""
+    """Optimizer: its update rules, rates and schedules. Raises UserError on values that make no optimizer."""
 
     optimizer: str = key("adamw", "adamw | muon: matrices by Muon, all else by Adam", choices=OPTIMIZERS)
     learning_rate: float = key(6e-4, "highest learning rate; of muon: the matrices'")

@@ -11,21 +11,22 @@ from hypothesis import strategies as st
 
 from jaxgpt import UserError
 from jaxgpt.config import (
-    BELOW,
-    CHOICES,
+    ELSEWHERE,
     GPT2_SIZES,
-    POSITIVE,
     Parser,
+    all_keys,
     default_config,
     load_preset,
     parse_config,
     read_config,
+    resumed_config,
     run_main,
     save_config,
     unknown_key,
     validate,
 )
-from jaxgpt.models.gpt2 import GPTConfig, abstract_params, count_params
+from jaxgpt.models import abstract_params, count_params
+from jaxgpt.models.gpt2 import GPTConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = f"{CONFIGS / 'shakespeare_char.py'}:cpu"
@@ -55,7 +56,7 @@ def preset(folder: Path, body: str) -> str:
 @pytest.mark.parametrize("spec", PRESETS, ids=lambda spec: Path(spec).name)
 def test_every_preset_is_a_valid_config(spec):
     config = parse("--config", spec)
-    assert set(config) == set(default_config())
+    assert set(config) == set(default_config(config.model))
     assert config.dataset and config.out_dir.startswith("out")
 
 
@@ -87,11 +88,9 @@ def test_sizes_are_openais(size, millions):
     """Each takes the same tokens a step. OpenAI's have biases and no padding, which the presets leave to the model."""
     config = load_preset(f"{CONFIGS / 'gpt2.py'}:{size}")
     assert config.batch_size * config.gradient_accumulation_steps == 480
-    one, two = (
-        count_params(abstract_params(GPTConfig(n_layer=n, n_head=config.n_head, n_embd=config.n_embd, bias=True)))
-        for n in (1, 2)
-    )
-    total = one + (config.n_layer - 1) * (two - one) + 1024 * config.n_embd
+    shapes = [GPTConfig(n_layer=n, n_head=config.n_head, n_embd=config.n_embd, bias=True) for n in (1, 2)]
+    one, two = (count_params(shape, abstract_params(shape), all=True) for shape in shapes)
+    total = one + (config.n_layer - 1) * (two - one)
     assert round(total / 1e6) == millions
 
 
@@ -153,8 +152,8 @@ def test_flags_override_the_preset():
     [
         (["--config.n_layr=3"], "there is no key n_layr; did you mean n_layer?"),
         (["--config.batchsize", "3"], "did you mean batch_size?"),
-        (["--config.qqqqqq=3"], "there is no key qqqqqq; jaxgpt/config.py lists the keys"),
-        (["--n_layer=3"], "unknown argument --n_layer; did you mean --config.n_layer?"),
+        (["--config.qqqqqq=3"], "there is no key qqqqqq; python -m jaxgpt.train --help lists the keys"),
+        (["--n_layer=3"], "unknown argument --n_layer; keys of the config are written --config.n_layer"),
         (["n_layer=3"], "unknown argument n_layer"),
         (["--config.n_layer=four"], "--config.n_layer: invalid integer value: 'four'"),
         (["--config.n_layer=2.5"], "invalid integer value: '2.5'"),
@@ -176,15 +175,28 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, message):
 
 
 def test_no_preset_is_one_line():
-    with pytest.raises(UserError, match="required: --config; test --help lists the arguments"):
+    with pytest.raises(UserError, match="name a preset: test --config configs/gpt2.py; test --help lists all keys"):
         parse("--config.n_layer=3")
 
 
-def test_limits_name_real_keys():
-    keys = set(default_config())
-    assert set(CHOICES) | set(POSITIVE) | set(BELOW) <= keys
-    for key, choices in CHOICES.items():
-        assert default_config()[key] in choices
+def test_a_preset_needs_no_flag():
+    """nanoGPT's habit: `train.py config/x.py`."""
+    assert parse(CPU, "--config.n_layer=2").n_layer == 2
+
+
+def test_every_key_is_documented_and_its_default_is_allowed():
+    for part in all_keys().values():
+        for name, field in part.items():
+            rules = field.metadata
+            assert len(rules["help"]) > 3 and not rules["help"].endswith("."), name
+            assert not rules["choices"] or field.default in rules["choices"]
+    validate(default_config())
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_keys_of_other_trainers_have_an_answer(name):
+    with pytest.raises(UserError, match=re.escape(ELSEWHERE[name])):
+        parse("--config", CPU, f"--config.{name}=1")
 
 
 @given(st.sampled_from(sorted(default_config())), st.integers(0, 20), st.sampled_from(["drop", "double", "swap"]))
@@ -234,12 +246,18 @@ def test_any_preset_name_is_a_config_or_one_line(text):
             assert str(error)
 
 
-def test_help_lists_every_key(capsys):
+@pytest.mark.parametrize("argv", [["--help"], [CPU, "--help"]])
+def test_help_lists_every_key_with_its_meaning_and_value(capsys, argv):
     with pytest.raises(SystemExit) as end:
-        parse("--config", CPU, "--help")
+        parse(*argv)
     assert end.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(f"--config.{key}" in shown for key in default_config())
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in all_keys().values():
+        assert all(f"--config.{name}" in shown and field.metadata["help"] in shown for name, field in part.items())
+    assert "[auto | bfloat16 | float16 | float32]" in shown and "(default: None)" not in shown
+    assert ("(default: 2000)" in shown) and ("n_embd INT width of the residual stream (default: 128)" in shown) == (
+        len(argv) == 2
+    )
 
 
 # --- a run's config.json ---
@@ -284,6 +302,40 @@ def test_a_folder_without_a_run(tmp_path):
         read_config(tmp_path / "file")
 
 
+# --- going on ---
+
+
+def test_the_runs_values_count_but_for_those_given():
+    """The command line wins over the run, the run over the preset; each difference is a line."""
+    saved, preset_now = load_preset(CPU), load_preset(CPU)
+    saved.learning_rate, saved.warmup_iters = 3e-4, 50
+    preset_now.grad_clip, preset_now.log_interval = 0.5, 7
+    config, lines = resumed_config(preset_now, {"log_interval": 7}, saved)
+    assert (config.learning_rate, config.warmup_iters, config.grad_clip, config.log_interval) == (3e-4, 50, 1.0, 7)
+    assert sorted(lines) == [
+        "grad_clip stays 1.0, as in the run; the preset has 0.5",
+        "learning_rate stays 0.0003, as in the run; the preset has 0.001",
+        "log_interval 10 → 7",
+        "warmup_iters stays 50, as in the run; the preset has 100",
+    ]
+
+
+FIXED = dict(seed=1, data_order="random", block_size=32, n_layer=3, n_head=2, n_embd=64, bias=True)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_makes_another_run_is_refused(name):
+    with pytest.raises(UserError, match=f"{name}={FIXED[name]}, but the run in out-shakespeare-char"):
+        resumed_config(load_preset(CPU), {name: FIXED[name]}, load_preset(CPU))
+
+
+def test_sizes_of_zero_are_the_runs():
+    preset_now = load_preset(CPU)
+    preset_now.n_layer = preset_now.n_head = preset_now.n_embd = 0
+    config, lines = resumed_config(preset_now, {"n_layer": 0}, load_preset(CPU))
+    assert (config.n_layer, config.n_head, config.n_embd, lines) == (4, 4, 128, [])
+
+
 # --- entry points ---
 
 
@@ -297,7 +349,7 @@ def end_of(main, monkeypatch, capsys):
 
 def test_run_main(monkeypatch, capsys):
     seen = []
-    assert end_of(lambda argv: seen.append(argv), monkeypatch, capsys) == (None, "", "")
+    assert end_of(lambda argv: seen.append(argv), monkeypatch, capsys) == (0, "", "")
     assert seen == [["a", "b"]]
     assert end_of(lambda argv: 75, monkeypatch, capsys) == (75, "", "")
 
@@ -314,5 +366,5 @@ def test_run_main(monkeypatch, capsys):
     def bug(argv):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        run_main(bug)
+    status, out, err = end_of(bug, monkeypatch, capsys)
+    assert (status, out) == (1, "") and err.startswith("Traceback") and "ZeroDivisionError" in err

@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError
-from jaxgpt.config import GPT2_SIZES, default_config
-from jaxgpt.models.gpt2 import GPTConfig, abstract_params
+from jaxgpt.config import GPT2_SIZES, default_config, resolve
+from jaxgpt.models import abstract_params, role_of, roles
+from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import (
     AXES,
@@ -25,13 +26,12 @@ from jaxgpt.sharding import (
     data_shards,
     device_map,
     make_mesh,
+    param_specs,
     partition_spec,
     path_name,
     split_heads,
-    tree_shardings,
-    tree_specs,
 )
-from jaxgpt.step import abstract_state, create_state, make_eval_step, make_model_config, make_train_step
+from jaxgpt.step import abstract_state, create_state, make_eval_step, make_train_step
 from jaxgpt.tools.dryrun import bytes_per_device, collectives
 
 VOCAB, STEPS, ROWS = 300, 10, 16
@@ -47,10 +47,10 @@ class Run:
 
     def __init__(self, config, sizes):
         self.config, self.mesh = config, mesh_of(*sizes)
-        self.model_config = make_model_config(config, VOCAB, self.mesh)
-        self.abstract = abstract_state(config, self.model_config, self.mesh)
+        self.parts = resolve(config, self.mesh, VOCAB)
+        self.abstract = abstract_state(self.parts, self.mesh)
         self.sharding = NamedSharding(self.mesh, P(None, None, BATCH_AXES, None))
-        step = make_train_step(config, self.model_config, self.mesh)
+        step = make_train_step(self.parts, self.mesh)
         self.step = step.lower(
             self.abstract, jax.ShapeDtypeStruct(self.shape, np.uint16, sharding=self.sharding)
         ).compile()
@@ -75,7 +75,7 @@ class Run:
 
     @functools.cached_property
     def trained(self):
-        return self.go_on(create_state(self.config, self.model_config, self.mesh), range(STEPS))
+        return self.go_on(create_state(self.parts, self.mesh), range(STEPS))
 
     def matrix_bytes(self):
         """Of the parameters that fsdp splits, on one device of tensor."""
@@ -102,7 +102,7 @@ def test_losses_and_parameters_do_not_depend_on_the_mesh(run, sizes):
 def test_evaluation_does_not_depend_on_the_mesh(run, sizes):
     tokens = np.random.default_rng(0).integers(VOCAB, size=(1, 3, 8, 17), dtype=np.uint16)
     losses = [
-        make_eval_step(here.model_config, here.mesh)(here.trained[0].params, jax.device_put(tokens, here.sharding))
+        make_eval_step(here.parts.model, here.mesh)(here.trained[0].params, jax.device_put(tokens, here.sharding))
         for here in (run(1, 1, 1), run(*sizes))
     ]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
@@ -156,7 +156,7 @@ def test_fsdp_holds_an_eighth():
     sizes = {}
     for fsdp in (1, 8):
         mesh = mesh_of(8 // fsdp, fsdp, 1)
-        sizes[fsdp] = bytes_per_device(abstract_state(config, make_model_config(config, 50257, mesh), mesh))
+        sizes[fsdp] = bytes_per_device(abstract_state(resolve(config, mesh, 50257), mesh))
     assert sizes[8] * 8 == pytest.approx(sizes[1], rel=0.05)
 
 
@@ -178,11 +178,12 @@ def test_a_state_lies_where_its_shardings_say(run):
 )
 def test_every_array_is_split_evenly_or_refused_with_the_arithmetic(size, fsdp, tensor):
     layers, heads, width = GPT2_SIZES[size]
-    params = abstract_params(GPTConfig(n_layer=1, n_head=heads, n_embd=width, bias=True))
+    config = GPTConfig(n_layer=1, n_head=heads, n_embd=width, bias=True)
+    params = abstract_params(config)
     mesh = AbstractMesh((1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     try:
         check_heads(heads, mesh)
-        specs = tree_specs(params, mesh)
+        specs = param_specs(params, roles(config, params), mesh)
     except UserError as error:
         assert "left over" in str(error) or "leaves" in str(error)
         return
@@ -190,9 +191,10 @@ def test_every_array_is_split_evenly_or_refused_with_the_arithmetic(size, fsdp, 
         local = NamedSharding(mesh, spec).shard_shape(x.shape)
         split = x.size // math.prod(local)
         assert split * math.prod(local) == x.size
-        if "ln_" not in path_name(path) and x.ndim > 1 and "bias" not in path_name(path):
+        role = role_of(config, path_name(path))
+        if role.group != "vector":
             assert split % fsdp == 0, f"{path_name(path)} is whole on every device of fsdp"
-        assert (split % tensor == 0) or not partition_spec(path_name(path), x.shape, mesh).count("tensor")
+        assert (split % tensor == 0) or not partition_spec(path_name(path), x.shape, role, mesh).count("tensor")
     assert heads % tensor == 0
 
 
@@ -220,11 +222,11 @@ def test_uneven_sizes_name_the_array_and_what_would_do(tiny_config):
     with pytest.raises(
         UserError, match=r"c_attn/kernel of shape \(12, 3, 12\) cannot be split: 12 / mesh_fsdp=8 leaves 4"
     ):
-        abstract_state(tiny_config(n_embd=12), GPTConfig(n_embd=12, n_head=2, block_size=16), make_mesh(1, 8, 1))
+        abstract_state(resolve(tiny_config(n_embd=12), make_mesh(1, 8, 1), VOCAB), make_mesh(1, 8, 1))
     with pytest.raises(
         UserError, match="n_head=6 heads cannot be split over mesh_tensor=4.*choose mesh_tensor of 1, 2, 3, 6"
     ):
-        make_model_config(tiny_config(n_head=6, n_embd=12), VOCAB, make_mesh(2, 1, 4))
+        resolve(tiny_config(n_head=6, n_embd=12), make_mesh(2, 1, 4), VOCAB)
 
 
 def test_split_heads_runs_each_head_where_it_lies():
@@ -247,7 +249,7 @@ def test_split_heads_runs_each_head_where_it_lies():
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1)])
 def test_a_checkpoint_goes_on_on_another_mesh(run, sizes, tmp_path):
     saved, here = run(8, 1, 1), run(*sizes)
-    state, _ = saved.go_on(create_state(saved.config, saved.model_config, saved.mesh), range(3))
+    state, _ = saved.go_on(create_state(saved.parts, saved.mesh), range(3))
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, state, {})
     assert checkpoints.wait()
@@ -261,13 +263,15 @@ def test_a_checkpoint_goes_on_on_another_mesh(run, sizes, tmp_path):
     np.testing.assert_allclose(there, expected, rtol=0, atol=1e-5)
 
 
-def test_shardings_follow_specs():
+def test_specs_follow_roles():
     mesh = make_mesh(2, 2, 2)
-    params = abstract_params(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16))
-    shardings = tree_shardings(params, mesh)
-    assert shardings["h"][0]["mlp"]["c_proj"]["kernel"].spec == P("tensor", "fsdp")
-    assert shardings["wte"]["embedding"].spec == P("tensor", "fsdp")
-    assert tree_shardings(params, make_mesh(1, 8, 1))["wte"]["embedding"].spec == P("fsdp", None)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
+    params = abstract_params(config)
+    specs = param_specs(params, roles(config, params), mesh)
+    assert specs["h"][0]["mlp"]["c_proj"]["kernel"] == P("tensor", "fsdp")
+    assert specs["wte"]["embedding"] == P("tensor", "fsdp")
+    specs = param_specs(params, roles(config, params), make_mesh(1, 8, 1))
+    assert specs["wte"]["embedding"] == P("fsdp", None) and specs["h"][0]["ln_1"]["scale"] == P(None)
 
 
 def test_a_step_on_the_cpu_does_not_fault_its_pages_in_again():

@@ -11,7 +11,8 @@ from jax.sharding import AxisType
 
 import jaxgpt.step
 from jaxgpt import UserError
-from jaxgpt.models.gpt2 import bind, init_params
+from jaxgpt.config import resolve
+from jaxgpt.models import bind, init_params
 from jaxgpt.sharding import AXES
 from jaxgpt.step import (
     LossScale,
@@ -19,9 +20,8 @@ from jaxgpt.step import (
     create_state,
     loss_fn,
     make_eval_step,
-    make_model_config,
     make_train_step,
-    purpose_seed,
+    random_key,
 )
 
 VOCAB = 27
@@ -32,12 +32,13 @@ class Setup:
 
     def __init__(self, config, mesh):
         self.config, self.mesh = config, mesh
-        self.model_config = make_model_config(config, VOCAB, mesh)
-        self.step = make_train_step(config, self.model_config, mesh)
+        self.parts = resolve(config, mesh, VOCAB)
+        self.model = self.parts.model
+        self.step = make_train_step(self.parts, mesh)
 
     @functools.cached_property
     def initial(self):
-        return create_state(self.config, self.model_config, self.mesh)
+        return create_state(self.parts, self.mesh)
 
     def state(self):
         """A fresh state of its own, for a step to use up."""
@@ -73,7 +74,7 @@ def bits(tree) -> list[bytes]:
 def adam_count(state) -> int:
     """How many updates Adam has made."""
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    (count,) = [int(x) for path, x in leaves if jax.tree_util.keystr(path).endswith(".count")]
+    (count,) = {int(x) for path, x in leaves if jax.tree_util.keystr(path).endswith(".count")}
     return count
 
 
@@ -114,9 +115,9 @@ def test_the_update_is_the_optimizers_for_the_mean_gradient(setup):
     """The step against its parts, each tested alone: gradient of the mean loss of all rows, one optimizer update."""
     s, tokens = setup(), random_tokens(1, 2, 8, 17)
     state, metrics = s.run(tokens)
-    params = init_params(s.model_config, purpose_seed(s.config.seed, "init"))
+    params = init_params(s.model, random_key(s.config.seed, "init"))
     rows = jnp.asarray(tokens.reshape(16, 17), jnp.int32)
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: bind(s.model_config, p).loss(rows[:, :-1], rows[:, 1:])))(params)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: bind(s.model, p).loss(rows[:, :-1], rows[:, 1:])))(params)
     norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(metrics["loss"], [loss], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], [norm], rtol=1e-4)
@@ -148,13 +149,13 @@ def poisonable(tiny_config, mesh):
 
     @functools.cache
     def make(dtype):
-        def loss(model_config, params, tokens, seed=None):
+        def loss(model, params, tokens, seed=None):
             factor = jnp.float32(1.0)
             for token, value in POISON.items():
                 factor = jnp.where((tokens[:, 0] == token).any(), value, factor)
             table = params["wpe"]["embedding"]
             table = table.at[0, 0].set(poisoned(table[0, 0], factor))
-            return loss_fn(model_config, {**params, "wpe": {"embedding": table}}, tokens, seed)
+            return loss_fn(model, {**params, "wpe": {"embedding": table}}, tokens, seed)
 
         s = Setup(tiny_config(dtype=dtype), mesh)
         with pytest.MonkeyPatch.context() as patch:
@@ -179,10 +180,10 @@ def test_a_bad_gradient_changes_nothing(poisonable, dtype):
     """One NaN or infinity in one row on one device: parameters and optimizer state keep every bit; it is counted."""
     state, bad_steps = poisonable(dtype).state(), []
     for i, tokens in enumerate(good_and_bad(None, 25, 26, None, 26, None)):
-        before, scale = bits((state.params, state.opt_state[1:])), float(state.loss_scale.scale)
+        before, scale = bits((state.params, state.opt_state.groups)), float(state.loss_scale.scale)
         state, metrics = poisonable(dtype).step(state, tokens)
         bad = i in (1, 2, 4)
-        assert (bits((state.params, state.opt_state[1:])) == before) == bad
+        assert (bits((state.params, state.opt_state.groups)) == before) == bad
         assert np.isfinite(metrics["loss"]).all() and np.isfinite(metrics["grad_norm"]).all() == (not bad)
         assert float(state.loss_scale.scale) == (scale / 2 if bad and dtype == "float16" else scale)
         assert int(state.step) == i + 1
@@ -252,7 +253,7 @@ def test_the_state_is_donated(setup):
 
 def test_the_state_is_made_as_described(setup):
     s = setup()
-    state, abstract = s.state(), abstract_state(s.config, s.model_config, s.mesh)
+    state, abstract = s.state(), abstract_state(s.parts, s.mesh)
 
     def described(x):
         return x.shape, x.dtype, x.sharding
@@ -268,13 +269,13 @@ def test_the_state_around_given_parameters(setup):
     s = setup()
     params = jax.tree.map(lambda x: 2 * x, s.state().params)
     wanted = bits(params)
-    state = create_state(s.config, s.model_config, s.mesh, params)
+    state = create_state(s.parts, s.mesh, params)
     assert bits(state.params) == wanted
     assert bits(state.opt_state) == bits(s.state().opt_state) and int(state.step) == 0
 
 
 def test_seeds_and_purposes_draw_different_numbers(tiny_config, mesh):
-    keys = [purpose_seed(seed, purpose) for seed in (0, 1, 2**32 - 1) for purpose in ("init", "dropout", "sample")]
+    keys = [random_key(seed, purpose) for seed in (0, 1, 2**32 - 1) for purpose in ("init", "dropout", "sample")]
     assert len({bits(jax.random.key_data(key))[0] for key in keys}) == 9
 
 
@@ -305,10 +306,10 @@ def test_dropout_draws_anew_for_each_step_and_micro_step_and_device(setup, tiny_
 def test_evaluation_is_the_loss_without_dropout(setup):
     s = setup(dropout=0.3)
     params, tokens = s.state().params, random_tokens(1, 3, 8, 17)
-    losses = make_eval_step(s.model_config, s.mesh)(params, tokens)
+    losses = make_eval_step(s.model, s.mesh)(params, tokens)
     for i in range(3):
         rows = jnp.asarray(tokens[0, i], jnp.int32)
-        want = bind(setup().model_config, params).loss(rows[:, :-1], rows[:, 1:])
+        want = bind(setup().model, params).loss(rows[:, :-1], rows[:, 1:])
         np.testing.assert_allclose(losses[i], want, rtol=1e-5)
 
 
@@ -316,20 +317,20 @@ def test_evaluation_is_the_loss_without_dropout(setup):
 
 
 def test_auto_on_a_cpu(tiny_config, mesh):
-    chosen = make_model_config(tiny_config(dtype="auto"), VOCAB, mesh)
+    chosen = resolve(tiny_config(dtype="auto"), mesh, VOCAB).model
     assert (chosen.dtype, chosen.attention, chosen.kernels, chosen.doc_mask) == ("float32", "xla", False, -1)
-    assert make_model_config(tiny_config(doc_mask=True), VOCAB, mesh, eot=26).doc_mask == 26
-    assert make_model_config(tiny_config(kernels="on"), VOCAB, mesh).kernels
+    assert resolve(tiny_config(doc_mask=True), mesh, VOCAB, eot=26).model.doc_mask == 26
+    assert resolve(tiny_config(kernels="on"), mesh, VOCAB).model.kernels
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(doc_mask=True), "doc_mask needs a tokenizer with an end-of-text token"),
+        (dict(doc_mask=True), "doc_mask needs an end-of-text token and this corpus has none"),
         (dict(n_embd=15), "n_embd=15 is not divisible by n_head=2"),
         (dict(attention="cudnn"), "attention=cudnn needs"),
     ],
 )
 def test_what_cannot_run_here_is_said(tiny_config, mesh, values, message):
     with pytest.raises(UserError, match=message):
-        make_model_config(tiny_config(**values), VOCAB, mesh)
+        resolve(tiny_config(**values), mesh, VOCAB)

@@ -9,6 +9,7 @@ A model is one file. It defines one subclass of ModelConfig and the nnx.Module t
         init_std: float = key(0.02, "standard deviation of the initial logits")  # becomes --config.init_std
 
         ROLES = (Role("table/embedding", "head", decay=False),)
+        LACKS = ("dropout", "bias", "doc_mask", "remat")
 
         def build(self, rngs):
             return Bigram(self, rngs=rngs)
@@ -114,8 +115,12 @@ class ModelConfig:
     doc_mask: int = -1  # this token ends a document and attention does not cross it; -1: no boundaries
 
     ROLES: ClassVar[tuple[Role, ...]]
+    LACKS: ClassVar[tuple[str, ...]] = ()  # fields above that the model ignores: setting one is an error
 
     def __post_init__(self):
+        for name in self.LACKS:
+            if getattr(self, name) != ModelConfig.__dataclass_fields__[name].default:
+                raise UserError(f"{name}={getattr(self, name)}, but model={self.file.name} has no {name}; leave it out")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
