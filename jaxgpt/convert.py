@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt import UserError
+from jaxgpt import FULL, Unavailable, UserError
 from jaxgpt.config import Parser, run_main, save_config
 from jaxgpt.models import find_model
 from jaxgpt.run.checkpoint import Checkpoints
@@ -32,7 +32,10 @@ from jaxgpt.weights.opening import OpenedModel, add_checkpoint_argument, open_mo
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all went well and is removed when not. UserError if it exists."""
+    """A folder to fill, which gets its name when all went well and is removed when not.
+
+    UserError if it exists or cannot be written; Unavailable on a full disk.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; name another folder, or remove it first")
     partial = path.with_name(path.name + ".partial")
@@ -42,7 +45,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another folder") from None
+        text = f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
+        raise (Unavailable(text) if error.errno in FULL else UserError(text)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

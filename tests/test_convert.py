@@ -1,7 +1,10 @@
 """`python -m jaxgpt.convert`: folders that transformers opens, safetensors of our own names, and runs made of them."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +33,7 @@ from jaxgpt.weights.opening import open_model
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
 ROOT = Path(__file__).parents[1]
 GREEDY = Sampling(temperature=0.0)
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TEXT = """How doth the little crocodile
 Improve his shining tail,
 And pour the waters of the Nile
@@ -314,7 +318,18 @@ def test_the_model_card_tells_results_and_settings_but_no_paths(tmp_path, monkey
     assert body.startswith("\n# a-model\n") and "16,385 parameters" in body and "trained with jaxgpt 9.9" in body
     for row in ("step | 20", "val_loss | 1.25", "init_std | 0.5", "dataset | mine", "model | mine.py"):
         assert f"| {row} |" in body
-    assert "mfu" not in body and str(tmp_path) not in card and "--init_from=a-model" in body
+    assert "mfu" not in body and str(tmp_path) not in card and "--init_from=a-model --model=mine.py" in body
+
+
+def test_the_model_card_of_a_hugging_face_export_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("run"), CharTokenizer("xyz"), "char", bias=True)
+    convert.main(["--out_dir=run", "--to_hf=hf"])
+    card = Path("hf/README.md").read_text()
+    assert f"{AutoModelForCausalLM.from_pretrained('hf').num_parameters():,} parameters" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace("max_new_tokens=100", "max_new_tokens=5")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=OFFLINE, timeout=120)
+    assert done.returncode == 0 and set(done.stdout.strip()) <= set("xyz"), done.stderr
 
 
 # --- nanoGPT ---
@@ -356,7 +371,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, way):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(UserError, match="cannot write .*too large .*; make room"):
+        with pytest.raises(UserError, match="cannot write .*: File too large; make room"):
             convert.main([f"--out_dir={tmp_path / 'run'}", f"--{way}={tmp_path / 'new'}"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

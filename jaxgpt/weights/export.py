@@ -1,6 +1,7 @@
 """A model written for others: Hugging Face's GPT-2, or safetensors of our own names; tokenizer and model card."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from tiktoken.load import read_file_cached
 from jaxgpt import UserError, __version__, optional
 from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.keys import keys
-from jaxgpt.models import abstract_params, cast_params, count_params
+from jaxgpt.models import abstract_params, cast_params
 from jaxgpt.optim import OptimizerConfig
 from jaxgpt.tokenizer import ENDOFTEXT, GPT2_FILES, GPT2_URL, CharTokenizer, copy_tokenizer
 from jaxgpt.weights import hf
-from jaxgpt.weights.files import save_params
+from jaxgpt.weights.files import open_safetensors, save_params
 from jaxgpt.weights.opening import SAFETENSORS, OpenedModel
 
 UNKNOWN = "[UNK]"  # in no vocabulary: a character without an id is an error, as it is for `sample`
@@ -25,11 +26,11 @@ USE_HF = """```python
 from transformers import pipeline
 
 generate = pipeline("text-generation", "{title}")
-print(generate("Once upon a time", max_new_tokens=100, do_sample=False)[0]["generated_text"])
+print(generate({prompt}, max_new_tokens=100, do_sample=False)[0]["generated_text"])
 ```"""
 USE_OWN = """```bash
-python -m jaxgpt.sample --init_from={title}
-python -m jaxgpt.convert --from_safetensors={title} --out_dir=out-{title}   # a run again
+python -m jaxgpt.sample --init_from={title}{model}
+python -m jaxgpt.convert --from_safetensors={title}{model} --out_dir=out-{title}   # a run again
 ```"""
 
 
@@ -98,9 +99,10 @@ def write_card(model: OpenedModel, folder: Path, title: str, library: str, use: 
     Of the config only what made the model: no paths, no hosts.
     """
     config, run = model.config, model.run_config
+    count = sum(math.prod(tensor.shape) for _, tensor in open_safetensors(folder / SAFETENSORS))
     made = "converted" if "source" in model.info else "trained"
     version = read_saved(model.folder).get("environment", {}).get("jaxgpt", __version__)
-    size = f"{count_params(config, model.params, all=True):,} parameters: {config.n_layer} layers of width "
+    size = f"{count:,} parameters: {config.n_layer} layers of width "
     size += f"{config.n_embd}, {config.n_head} heads, contexts of {config.block_size:,} tokens, {model.meta.describe()}"
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [jaxgpt]", "---", ""]
     lines += [f"# {title}", "", f"A language model of {size}; {made} with jaxgpt {version}.", ""]
@@ -108,12 +110,23 @@ def write_card(model: OpenedModel, folder: Path, title: str, library: str, use: 
         lines += ["In training no token saw another document than its own: give it one document at a time.", ""]
     if scores := _scores(model):
         lines += ["## Results", "", *_table({"step": model.step, **scores}), ""]
-    lines += ["## Use", "", use.format(title=title), ""]
+    file = f" --model={Path(run.model).name}" if config.file.source else ""
+    lines += ["## Use", "", use.format(title=title, model=file, prompt=json.dumps(_example(model))), ""]
     if made == "trained":
         parts = {**keys(type(config)), **keys(OptimizerConfig), **keys(DataConfig)}
         values = {"model": Path(run.model).name} | {name: run[name] for name in parts if name != "data_dir"}
         lines += ["## Training", "", *_table(values), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _example(model: OpenedModel) -> str:
+    """A prompt that has tokens."""
+    prompt = "Once upon a time"
+    try:
+        model.encode(prompt)
+    except UserError:  # a vocabulary of fewer characters
+        prompt = model.tokenizer.decode([0])
+    return prompt
 
 
 def _scores(model: OpenedModel) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tensors in files: safetensors, and torch's pickles without running code in them. Each is read when asked for."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -55,8 +56,9 @@ def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     numpy = optional("safetensors.numpy", "jaxgpt[hf]", path.name)
     try:
         numpy.save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers asks for a format
-    except safetensors.SafetensorError as error:  # whatever the disk said, in words
-        raise OSError(first_line(error)) from None
+    except safetensors.SafetensorError as error:  # whatever the disk said, in words: "… (os error 28)"
+        said = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(said[1]), os.strerror(int(said[1]))) if said else OSError(first_line(error))) from None
 
 
 def save_params(path: Path, params: Any, dtypes: Any) -> None:

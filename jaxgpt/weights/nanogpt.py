@@ -2,8 +2,9 @@
 
 The file is a dictionary of torch.save: `model`, a state dict whose names may begin with `_orig_mod.` (torch.compile);
 `model_args`, the shape; `config`, train.py's settings; `iter_num`; `best_val_loss`; `optimizer`. Its matrices are
-(out, in), as in torch's Linear, GPT-2's (in, out). Its GELU is the exact one, ours GPT-2's tanh form: logits differ by
-about as much as in bfloat16 (docs/from_nanogpt.md has the figures).
+(out, in), as in torch's Linear, GPT-2's (in, out). Its GELU is the exact one, ours GPT-2's tanh form: for a model of 4
+layers that nanoGPT trained on Shakespeare, logits differ by 0.0003 of their spread (bfloat16: about 0.005), and five
+greedy texts of 500 characters are the same.
 """
 
 import re
