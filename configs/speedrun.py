@@ -23,6 +23,7 @@ def get_config(size: str = "d12"):
     c.n_head = (depth + 1) // 2
     c.n_embd = 128 * c.n_head
     c.value_embeds = min(3, depth // 2)
+    c.sampled_softmax = 16384  # a step's 32,768 targets are some 6,000 different tokens
     c.batch_size = 32
     c.gradient_accumulation_steps = 1
     c.max_iters = c.lr_decay_iters = c.eval_interval = 320
@@ -35,6 +36,7 @@ def get_config(size: str = "d12"):
     c.vector_lr = 0.01
     c.weight_decay = 0.1
     c.beta1 = 0.8
+    c.beta2 = 0.99
     c.grad_clip = 0.0  # Muon's updates have one size, whatever the gradient's
     c.lr_schedule = "linear"
     c.cooldown = 0.6

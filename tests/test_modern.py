@@ -170,6 +170,15 @@ def test_dropout_needs_a_seed_and_draws_by_it():
     assert losses[1] == losses[2] and len({float(x) for x in losses}) == 3
 
 
+def test_a_sampled_softmax_is_for_training_alone():
+    config = replace(SMALL, vocab_size=1000, sampled_softmax=128)
+    params, (tokens, targets) = random_params(config, std=0.1), random_tokens(config, 2, 12)
+    exact = loss_and_grads(replace(config, sampled_softmax=0), params, tokens, targets)[0]
+    assert config.stochastic and loss_and_grads(config, params, tokens, targets)[0] == exact
+    drawn = [float(loss_and_grads(config, params, tokens, targets, jnp.uint32(seed))[0]) for seed in range(3)]
+    assert len(set(drawn)) == 3 and np.allclose(drawn, exact, atol=0.1)
+
+
 # --- its beginning ---
 
 
@@ -207,6 +216,7 @@ def test_every_parameter_has_one_role(options):
         ({"bias": True}, "bias=True: model=modern has no biases"),
         ({"rope": 1.5}, "rope=1.5 must be between 0 and 1"),
         ({"n_head": 8}, "n_embd / n_head = 2 features of a head must be a multiple of 4"),
+        ({"sampled_softmax": 100}, "sampled_softmax=100 must be a multiple of 128, or 0"),
         ({"value_embeds": 2}, "value_embeds=2 must be at most half of n_layer=3"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.ops.activation import ACTIVATIONS, activate
-from jaxgpt.ops.cross_entropy import linear_cross_entropy
+from jaxgpt.ops.cross_entropy import linear_cross_entropy, sampled_cross_entropy
 from jaxgpt.ops.norm import Norm, add_norm
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -75,6 +75,52 @@ def test_cross_entropy_of_large_logits_is_finite(kernels, softcap, want):
     loss, grad = jax.value_and_grad(op)(x, w, jnp.array([0, 0]))
     np.testing.assert_allclose(loss, want, rtol=1e-4)
     assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_rows_that_stand_for_several_tokens(kernels, softcap):
+    """The last three count four times: as if they were there four times. A target of -1 adds nothing."""
+    x, w = normal(0, 5, 8), normal(1, 300, 8)
+    targets = jnp.array([3, 296, -1, 0, -1])
+    options = {"softcap": softcap, "kernels": kernels}
+    known = jnp.array([0, 1, 3])
+
+    def found(x, w):
+        return linear_cross_entropy(x, w, targets, vocab_size=300, rare=jnp.array([297.0, 2.0]), **options)
+
+    def want(x, w):
+        often = jnp.concatenate([w[:297], jnp.repeat(w[297:], 4, axis=0)])
+        return 3 / 5 * linear_cross_entropy(x[known], often, targets[known], vocab_size=309, softcap=softcap)
+
+    for a, b in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(x, w)) for f in (found, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_sample_of_the_vocabulary(kernels):
+    """All of it gives the loss itself; of less the softmax's sum is right in the mean over draws."""
+    x, w, targets = normal(0, 6, 8), normal(1, 1000, 8), jnp.array([5, 900, 7, 5, 999, 0])
+    options = {"vocab_size": 1000, "softcap": 4.0, "kernels": kernels}
+    exact = linear_cross_entropy(x, w, targets, **options)
+    whole = sampled_cross_entropy(x, w, targets, sample=1000, seed=jnp.uint32(0), **options)
+    np.testing.assert_allclose(whole, exact, rtol=1e-5)
+    drawn = jax.jit(
+        jax.vmap(
+            lambda seed, row: sampled_cross_entropy(row, w, targets[:1], sample=256, seed=seed, **options), (0, None)
+        )
+    )
+    losses = drawn(jnp.arange(64, dtype=jnp.uint32), x[:1])
+    one = linear_cross_entropy(x[:1], w, targets[:1], **options)
+    np.testing.assert_allclose(jnp.exp(losses - one).mean(), 1, atol=3 * jnp.exp(losses - one).std() / 8)
+    assert len(set(losses.tolist())) == 64
+
+
+def test_more_targets_than_the_sample_holds():
+    """Those of the lowest numbers are kept; the other rows add nothing."""
+    x, w, targets = normal(0, 300, 8), normal(1, 400, 8), jnp.arange(300)
+    loss, dx = jax.value_and_grad(sampled_cross_entropy)(x, w, targets, vocab_size=400, sample=256, seed=jnp.uint32(0))
+    assert np.isfinite(loss) and (jnp.abs(dx[:256]).sum(1) > 0).all() and not dx[256:].any()
 
 
 @given(
@@ -184,6 +230,8 @@ def test_cross_entropy_lowers_for_cuda(dtype, vocab_size, padded):
         shapes = ((32, 64), dtype), ((padded, 64), jnp.float32), ((32,), jnp.int32)
         on_cuda(op, *shapes)
         on_cuda(jax.grad(op, (0, 1)), *shapes)
+        rare = functools.partial(op, rare=jnp.array([60.0, 2.0]))
+        on_cuda(jax.grad(rare, (0, 1)), *shapes)
 
 
 @pytest.mark.parametrize("c", [384, 768, 1600])

@@ -20,7 +20,7 @@ from jaxgpt import UserError
 from jaxgpt.keys import key
 from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents
 from jaxgpt.ops.attention import attention, cached_attention
-from jaxgpt.ops.cross_entropy import linear_cross_entropy
+from jaxgpt.ops.cross_entropy import linear_cross_entropy, sampled_cross_entropy
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.linear import Fast, add_norm_linear, linear
 from jaxgpt.ops.norm import Norm, add_norm
@@ -40,7 +40,10 @@ class ModernConfig(ModelConfig):
     zero_init: bool = key(True, "projections back to the residual stream begin at zero")
     value_embeds: int = key(3, "tables of value embeddings (arXiv 2410.17897): each for a layer at both ends")
     tied: bool = key(False, "the head is the token embedding")
-    softcap: float = key(15.0, "logits are softcap·tanh(logits / softcap) (arXiv 2408.00118); 0: as they are")
+    softcap: float = key(
+        15.0, "logits are softcap·tanh(logits / softcap) (arXiv 2408.00118); 0: as they are", below=43.5
+    )
+    sampled_softmax: int = key(0, "estimate the training loss from so many rows of the head; 0: from all")
 
     ROLES = (
         Role("wte/embedding", "embedding", tensor=0, product=False),
@@ -61,6 +64,8 @@ class ModernConfig(ModelConfig):
             raise UserError(f"rope={self.rope} must be between 0 and 1")
         if self.rope and self.head_size % 4:
             raise UserError(f"n_embd / n_head = {self.head_size} features of a head must be a multiple of 4 to turn")
+        if self.sampled_softmax % 128:
+            raise UserError(f"sampled_softmax={self.sampled_softmax} must be a multiple of 128, or 0")
         if 2 * self.value_embeds > self.n_layer:
             raise UserError(f"value_embeds={self.value_embeds} must be at most half of n_layer={self.n_layer}")
 
@@ -73,6 +78,10 @@ class ModernConfig(ModelConfig):
     def flops_per_token(self, params: Params) -> float:
         """6N + 12·L·C·T, as for GPT-2; N: what tokens are multiplied with."""
         return 6.0 * count_params(self, params) + 12 * self.n_layer * self.n_embd * self.block_size
+
+    @property
+    def stochastic(self) -> bool:
+        return self.dropout > 0 or 0 < self.sampled_softmax < self.vocab_size
 
     def table_of(self, layer: int) -> int | None:
         """Which table of value embeddings a layer has: with 3 of 12 layers 0, 1, 2 are layers 0, 1, 2 and 9, 10, 11."""
@@ -242,9 +251,14 @@ class Modern(nnx.Module):
     def loss(
         self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], *, seed: UInt[Array, ""] | None = None
     ) -> Float[Array, ""]:
-        """Mean cross-entropy in nats over all B·T targets, without float32 logits in memory."""
+        """Mean cross-entropy in nats over all B·T targets, without float32 logits in memory.
+
+        With a seed: that of training, estimated if sampled_softmax says so.
+        """
         c, (x, _) = self.config, self.hidden(tokens, seed=seed)
-        fast = {"kernels": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
-        return linear_cross_entropy(
-            x, self.head, targets.reshape(-1), vocab_size=c.vocab_size, softcap=c.softcap, **fast
-        )
+        options = {"vocab_size": c.vocab_size, "softcap": c.softcap, "kernels": c.kernels}
+        options["in_fp8"] = c.matmul_dtype == "fp8"
+        if seed is not None and 0 < c.sampled_softmax < c.vocab_size:
+            sampled = {"sample": c.sampled_softmax, "seed": seed}
+            return sampled_cross_entropy(x, self.head, targets.reshape(-1), **sampled, **options)
+        return linear_cross_entropy(x, self.head, targets.reshape(-1), **options)
