@@ -7,6 +7,7 @@ copies of them for the weight gradients.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,5 +213,5 @@ class GPT(nnx.Module):
         x, _ = self.hidden(tokens, seed=seed)
         c = self.config
         table = self.wte.embedding[...]  # float32: its gradient is then not rounded to the computation's dtype
-        fast = {"kernels": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
+        fast: Any = {"kernels": c.kernels, "in_fp8": c.matmul_dtype == "fp8"}
         return linear_cross_entropy(x, table, targets.reshape(-1), vocab_size=c.vocab_size, **fast)
