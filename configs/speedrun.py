@@ -1,10 +1,10 @@
-"""The modern model to nanoGPT's loss, sooner. One dial, the depth: `configs/speedrun.py:d12` is as large as GPT-2 124M.
+"""The modern model to nanoGPT's loss, sooner. One dial, the depth; `configs/speedrun.py:d12` is as large as GPT-2 124M.
 
     python -m jaxgpt.train --config configs/speedrun.py:d12 --config.data_dir=data/fineweb10b
 
 Rules, from the depth alone: a head of 128 features for every two layers, so a width of 64 to a layer. 32 sequences ×
-1,024 tokens = 32,768 tokens a step. Rates do not depend on the size: the updates of Muon, and those of Adam to the
-tables, are as large in any width.
+1,024 tokens = 32,768 tokens a step. 330 · (12 / depth)^0.6 steps: as many as the loss takes that nanoGPT's recipe ends
+at. Rates do not depend on the size: the updates of Muon, and those of Adam to the tables, are as large in any width.
 """
 
 from jaxgpt.config import default_config
@@ -12,7 +12,7 @@ from jaxgpt.config import default_config
 DEPTHS = range(2, 25)
 
 
-def get_config(size: str = "d12"):
+def get_config(size: str = "d6"):
     if not size.startswith("d") or not size[1:].isdecimal() or int(size[1:]) not in DEPTHS:
         raise ValueError(f"speedrun has no size {size!r}; choose d{DEPTHS[0]} to d{DEPTHS[-1]}")
     depth = int(size[1:])
@@ -26,7 +26,7 @@ def get_config(size: str = "d12"):
     c.sampled_softmax = 16384  # a step's 32,768 targets are some 6,000 different tokens
     c.batch_size = 32
     c.gradient_accumulation_steps = 1
-    c.max_iters = c.lr_decay_iters = c.eval_interval = 320
+    c.max_iters = c.lr_decay_iters = c.eval_interval = 10 * round(33 * (12 / depth) ** 0.6)
     c.eval_iters = 0  # the whole validation split
     c.log_interval = 10
     c.optimizer = "muon"
