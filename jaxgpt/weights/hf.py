@@ -138,11 +138,14 @@ def account(
     tied: whether lm_head.weight may stand for wte.weight. UserError, naming `source` and the tensor: one is missing,
     unknown, given twice, of another shape or no float, or lm_head is not wte.
     """
+    found = list(stored)
+    if fields["n_layer"] > len(found):  # before a name is made for each of a billion layers
+        raise UserError(f"{source}: n_layer={fields['n_layer']}, but only {len(found)} tensors are stored")
     wanted = _table(fields)
     wanted[HEAD] = wanted[TABLE_NAME]
     tensors: dict[str, Tensor] = {}
     problems = []
-    for full_name, tensor in stored:
+    for full_name, tensor in found:
         name = full_name.removeprefix("transformer.")
         if NOT_WEIGHTS.fullmatch(name):
             continue
