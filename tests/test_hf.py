@@ -293,6 +293,13 @@ def test_what_is_another_function_is_refused_by_name(sound, tmp_path, changes, c
         hf.open_weights(str(folder))
 
 
+def test_an_adapter_is_not_left_out(sound, tmp_path):
+    folder = copy_of(sound, tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has an adapter"):
+        hf.open_weights(str(folder))
+
+
 @pytest.mark.parametrize("ids, eot", [([7, 7], 7), ([7], 7), ([7, 8], None), ([], None), (None, None), (131, None)])
 def test_an_end_of_text_is_one_id(sound, tmp_path, ids, eot):
     assert hf.open_weights(str(change(copy_of(sound, tmp_path), eos_token_id=ids))).meta.eot == eot
