@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -240,12 +241,12 @@ def converse(
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """A context whose value says whether Ctrl-C was pressed in it; pressed twice, it raises KeyboardInterrupt."""
+    """A context whose value says whether Ctrl-C was pressed in it; pressed twice, it ends the program."""
     pressed = []
 
     def handle(*_: object) -> None:
         if pressed:
-            raise KeyboardInterrupt
+            os._exit(130)  # 128 + SIGINT; an exception here would surface anywhere, also inside a compilation
         pressed.append(True)
 
     before = signal.signal(signal.SIGINT, handle)
