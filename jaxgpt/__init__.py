@@ -1,4 +1,18 @@
-"""jaxgpt: train, fine-tune, evaluate and sample GPT-2 in JAX."""
+"""jaxgpt: train, fine-tune, evaluate and sample GPT-2 in JAX.
+
+For a notebook: `from jaxgpt import GPT, GPTConfig, load_model, generate` (jaxgpt/notebook.py, jaxgpt/models/gpt2.py). A
+model is an nnx.Module; a trained one brings its tokenizer:
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jaxgpt import GPT, GPTConfig
+    >>> config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=27)
+    >>> logits, _ = GPT(config, rngs=nnx.Rngs(0))(jnp.zeros((1, 16), int))
+    >>> logits.shape
+    (1, 16, 27)
+
+Importing jaxgpt alone imports nothing else: the names come when they are first used.
+"""
 
 import contextlib
 import errno
@@ -6,7 +20,13 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from jaxgpt.models.gpt2 import GPT, GPTConfig
+    from jaxgpt.notebook import generate, load_model
+
+__all__ = ["GPT", "GPTConfig", "UserError", "generate", "load_model"]
 
 __version__ = "0.2.0"
 
@@ -58,6 +78,14 @@ def user_error(error: BaseException) -> UserError | None:
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
         return UserError(f"{text[:300]}; unset JAX_PLATFORMS, or name what this machine has: cpu")
     return None
+
+
+def __getattr__(name: str) -> Any:
+    """The names of __all__ that are not defined here, on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "models.gpt2" if name.startswith("GPT") else "notebook"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def optional(module: str, package: str, purpose: Any) -> Any:

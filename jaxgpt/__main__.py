@@ -11,6 +11,7 @@ COMMANDS = {
     "plot": "curves of runs",
     "report": "one page about runs",
     "convert": "weights in and out",
+    "prepare": "tokens of a corpus: python -m jaxgpt.prepare NAME",
     "bench": "speed of a training step",
 }
 

@@ -4,6 +4,7 @@ A model's own keys are in its file, the optimizer's in optim.py; all are flat: `
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import faulthandler
@@ -15,6 +16,7 @@ import re
 import runpy
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -162,8 +164,8 @@ def validate(config: ConfigDict) -> None:
         if config[name] < (config.init_from == "scratch"):
             raise UserError(f"{name}={config[name]} must be at least 1, or 0 for that of the weights init_from names")
     take(OptimizerConfig, config)  # checks what holds between its keys
-    if not config.out_dir:
-        raise UserError("out_dir is empty; name the run's folder")
+    if not config.out_dir or not config.out_dir.isprintable():  # bytes that are no UTF-8 come as lone surrogates
+        raise UserError(f"out_dir={config.out_dir!r} names no folder: it is empty or cannot be printed; choose another")
 
 
 def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = None) -> Parts:
@@ -464,9 +466,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     This is the one place that does so, but for several processes: see Processes.
     """
     console.prepare()
-    faulthandler.enable(
-        sys.__stderr__ or 2
-    )  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
+    with contextlib.suppress(ValueError, RuntimeError):  # a stderr that is no file; none
+        faulthandler.enable()  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # where stderr cannot be written
     try:
@@ -483,7 +484,12 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         status = 1 if problem is None else problem.status
     console.settle()
     if status:
-        last = threading.Timer(EXIT_S, os._exit, (status,))
-        last.daemon = True
-        last.start()
+        threading.Thread(target=_end_in_time, args=(status,), daemon=True).start()
     sys.exit(status)
+
+
+def _end_in_time(status: int) -> None:
+    """Ends the process EXIT_S after its main thread did."""
+    threading.main_thread().join()
+    time.sleep(EXIT_S)
+    os._exit(status)

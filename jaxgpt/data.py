@@ -98,7 +98,7 @@ class Corpus:
         for path in paths:
             size = path.stat().st_size if path.is_file() else 0
             plain = path in tokens and size == width * tokens[path]
-            headers.append(0 if plain or width != 2 or size < HEADER_BYTES else _header(path, size))
+            headers.append(0 if plain or width != 2 or size < HEADER_BYTES else header_bytes(path, size))
             count = tokens.get(path, (size - headers[-1]) // width)
             if size == 0 or size != headers[-1] + width * count:
                 expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
@@ -177,7 +177,7 @@ class Corpus:
         return shard, position - self._starts[shard]
 
 
-def _header(path: Path, size: int) -> int:
+def header_bytes(path: Path, size: int) -> int:
     """Bytes before the first token. UserError where a FineWeb10B file's own count of tokens is not its length."""
     with open(path, "rb") as f:
         magic, version, count = np.frombuffer(f.read(12), "<i4").tolist()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from jaxgpt import UserError
 
 Part = TypeVar("Part")
+FLOAT32_LIMIT = 2.0**128  # what rounds to infinity in float32
 
 
 def key(
@@ -46,5 +47,6 @@ def check(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"{name}={value} is not a finite number")
         if value < least:
             raise UserError(f"{name}={value} must be at least {least}")
-        if rules["below"] is not None and value >= rules["below"]:
-            raise UserError(f"{name}={value} must be below {rules['below']}")
+        below = rules["below"] or (2**31 if isinstance(value, int) else FLOAT32_LIMIT)  # devices count in int32
+        if value >= below:
+            raise UserError(f"{name}={value} must be below {below}")

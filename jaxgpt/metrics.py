@@ -5,9 +5,11 @@ import importlib
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -92,7 +94,8 @@ def environment() -> dict[str, Any]:
     for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         found[package] = version(package)
     found["command"] = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
-    found |= {"host": socket.gethostname(), "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}"}
+    found |= {"folder": os.getcwd(), "host": socket.gethostname()}
+    found |= {"devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}"}
     found["processes"] = jax.process_count()
     checkout = Path(__file__).parents[1]
     if (checkout / ".git").exists():
@@ -137,6 +140,17 @@ def check_trackers(config: ConfigDict) -> None:
             optional(module, "jaxgpt[track]", key)
 
 
+def bar_hidden() -> bool | None:
+    """tqdm's `disable`: True hides a progress bar, None shows it where stderr is a terminal."""
+    if jax.process_index():
+        return True
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stdout without a file
+        # in `train … | tee log` lines come to the terminal through a pipe, and a bar would tear them
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            return True
+    return None
+
+
 class Reporter:
     """Writes a run's metrics wherever they go; on other processes than the first, nowhere.
 
@@ -162,14 +176,14 @@ class Reporter:
         self._file: IO[str] | None = None
         self._events: IO[str] | None = None
         self._board = self._wandb = None
-        self._tokens, self._failed = tokens, set[str]()
+        self._folder, self._tokens, self._failed = folder, tokens, set[str]()
         self._closing = contextlib.ExitStack()
-        hidden = True if jax.process_index() else None  # None: shown on a terminal
+        hidden = bar_hidden()
         style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": hidden}
         self._bar = tqdm(total=config.max_iters, initial=first_step, **style)
         self._closing.enter_context(self._surviving("the progress bar"))  # its end, too
         self._closing.callback(self._bar.close)
-        if hidden:
+        if jax.process_index():
             return
         if config.tensorboard_log:
             _mark_start(folder, first_step)
@@ -238,6 +252,25 @@ class Reporter:
             row = {"time": now, "step": step, "event": event} | ({"detail": detail} if detail else {})
             self._events.write(json.dumps(row) + "\n")
             self._events.flush()
+
+    def saved(self, step: int, info: dict[str, Any]) -> None:
+        """A checkpoint is on disk; any thread may tell."""
+        detail = "the best so far" if info.get("best_step") == step else ""
+        self.say(f"step {step}: saved" + (f", {detail}" if detail else ""))
+        self.event(step, "saved", detail)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Shows text that the model wrote, and keeps it in samples.jsonl."""
+        self.say(f"step {step}: sample\n{text}\n---")
+        if self._file:
+            with self._surviving("samples.jsonl"), (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                row = {"step": step, "prompt": prompt, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def waiting(self, line: str) -> None:
+        """Says what takes a while, where no bar shows it."""
+        if self._bar.disable:
+            self.say(line)
 
     def progress(self, step: int, **shown: str) -> None:
         """Moves the progress bar to `step`."""

@@ -267,14 +267,20 @@ def updates_by_multisteps(
     return total / tokens.shape[0], updates, multi_state.inner_opt_state
 
 
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no element is NaN or infinite. (x · 0 is 0 for all others; its sum, as the norm's, is one reduction.)"""
+    return jnp.isfinite(sum(jnp.sum(x * 0.0, dtype=jnp.float32) for x in jax.tree.leaves(tree)))
+
+
 def make_train_step(
     parts: Parts, mesh: Mesh
 ) -> Callable[[TrainState, Integer[Array, "K A B T1"]], tuple[TrainState, Metrics]]:
     """The compiled function that takes K optimizer steps, each of A micro-steps of B sequences; the state is donated.
 
-    Its metrics are arrays of K: loss, grad_norm (before clipping), lr, bad_steps. Where the loss or the gradient is not
-    finite, or a spike (spike_threshold), the update is dropped on the device: parameters and optimizer state stay, the
-    step counts, and bad_steps says how many such steps there were in a row; it is 0 after a good one.
+    Its metrics are arrays of K: loss, grad_norm (before clipping), lr, bad_steps, finite. Where the loss, the gradient
+    or an updated parameter is not finite (`finite` is False then), or there is a spike (spike_threshold), the update is
+    dropped on the device: parameters and optimizer state stay, the step counts, and bad_steps says how many such steps
+    there were in a row; it is 0 after a good one.
     """
     config = parts.optimizer
     model = dataclasses.replace(parts.model, matmul_dtype=parts.devices.matmul_dtype)  # FP8 is for training alone
@@ -294,12 +300,12 @@ def make_train_step(
     def one_step(state: TrainState, tokens: Integer[Array, "A B T1"]) -> tuple[TrainState, Metrics]:
         loss, updates, opt_state = get_updates(state, seeds_of(state.step, tokens.shape[0]), tokens)
         norm = opt_state.norm
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
         good, spikes = finite, state.spikes
         if config.spike_threshold:
             spike, spikes = spikes.next(loss, norm, finite, config.spike_threshold)
             good = finite & ~spike
-        params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
             average = optax.incremental_update(params, average, 1 - config.average_decay)
@@ -314,7 +320,7 @@ def make_train_step(
             average=keep(average, state.average),
         )
         lr = learning_rate(config, state.step)
-        return new, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": new.bad_steps}
+        return new, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": new.bad_steps, "finite": finite}
 
     def train_step(state: TrainState, tokens: Integer[Array, "K A B T1"]) -> tuple[TrainState, Metrics]:
         if tokens.shape[0] == 1:  # a loop would copy what it carries

@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,20 +12,22 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from jaxgpt import Unavailable, UserError, console
+from jaxgpt import Unavailable, UserError, console, local_path
 from jaxgpt.config import (
     DataConfig,
     Parser,
     Parts,
     parse_config,
     read_config,
+    read_saved,
     resolve,
     resumed_config,
     run_main,
     save_config,
 )
-from jaxgpt.data import RunData, corpus_folders, prefetch
+from jaxgpt.data import RunData, check_same_corpora, corpus_folders, prefetch
 from jaxgpt.keys import take
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
 from jaxgpt.models import count_params, find_model
@@ -32,9 +35,11 @@ from jaxgpt.run import guard
 from jaxgpt.run.checkpoint import Checkpoints, run_id
 from jaxgpt.run.processes import Processes, agree, numerics
 from jaxgpt.scoring.evaluation import Evaluation
+from jaxgpt.scoring.samples import Samples
 from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
+from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.weights.opening import OpenedModel, open_model
 
@@ -48,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", nargs="?", type=int, const=0, metavar="DEVICES", help=explained)
     with Processes():
         config, given, args = parse_config(argv, parser)
+        config.out_dir = str(local_path(config.out_dir))
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
         agree("config", {**numerics(), **config, "data_dir": "each host's own"})
@@ -87,6 +93,7 @@ class Prepared(NamedTuple):
     parts: Parts
     abstract: TrainState
     evaluate: Evaluation
+    write_sample: Samples
 
 
 def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, checkpoints: Checkpoints) -> Prepared:
@@ -94,10 +101,15 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
     resume, config, changes = decide_resume(config, given, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
     data = open_data(config, mesh, weights)
-    agree("data", {**data.facts(), "tokenizer": data.meta.identity})
+    if resume:
+        check_same_corpora(read_saved(Path(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
+        ours, corpus = corpus_meta(config.out_dir, data.vocab_size), config.data_dir or config.dataset
+        check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
+    agree("data", data.facts())
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
-    evaluate = Evaluation(parts, data, mesh)
-    return Prepared(config, changes, resume, weights, data, parts, abstract_state(parts, mesh), evaluate)
+    evaluate, write_sample = Evaluation(parts, data, mesh), Samples(parts, data.tokenizer, mesh)
+    abstract = abstract_state(parts, mesh)
+    return Prepared(config, changes, resume, weights, data, parts, abstract, evaluate, write_sample)
 
 
 def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.Exit:
@@ -118,9 +130,8 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         ExitStack() as opened,
     ):
         with watchdog.allow("start", SLOW_LIMIT_S), lock.starting():
-            config, changes, resume, weights, data, parts, abstract, evaluate = prepare(
-                config, given, mesh, checkpoints
-            )
+            plan = prepare(config, given, mesh, checkpoints)
+            config, changes, resume, weights, data, parts, abstract, evaluate, write_sample = plan
             identity = run_id(run) or secrets.token_hex(8)
             checkpoints.begin(lock, identity)
             state, info, step = checkpoints.restore(abstract, optional=OPTIONAL) if resume else (abstract, {}, 0)
@@ -150,6 +161,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
         reporter.say("\n".join([*describe(parts, mesh, data, abstract, step), *changes]))
         reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
+        checkpoints.on_save = reporter.saved
         log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
 
         def save() -> None:
@@ -160,6 +172,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         while True:
             if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:
                 log.flush()
+                reporter.waiting(f"step {step}: evaluating")
                 with watchdog.allow("evaluation and save", SLOW_LIMIT_S):
                     try:
                         scores = evaluate(state.best_params, stop.check)
@@ -170,6 +183,10 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
                     progress = progress.after(step, scores["val_loss"])
                     if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
                         save()
+            if config.sample_interval and step and step % config.sample_interval == 0:
+                log.flush()
+                with watchdog.allow("sample", SLOW_LIMIT_S):
+                    reporter.sample(step, config.sample_prompt, write_sample(state.best_params))
             if step == config.max_iters or stop.requested():
                 break
             state, metrics = train_step(state, next(batches)[1])
@@ -179,10 +196,27 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         with watchdog.allow("save", SLOW_LIMIT_S):
             save()
             saved = checkpoints.wait()
+        if saved:
+            finished = progress.evaluated == config.max_iters
+            reporter.event(step, "finished" if finished else "stopped")
+            reporter.say("\n".join(next_commands(config, step, progress)))
     if not saved:
         why = checkpoints.failure or "see the other processes' messages"
         raise Unavailable(f"the last checkpoint is not saved in {run} ({why}); mend it and go on with init_from=auto")
     return guard.Exit.DONE if progress.evaluated == config.max_iters else guard.Exit.STOPPED
+
+
+def next_commands(config: ConfigDict, step: int, progress: Progress) -> list[str]:
+    """How a run ended and what can be done with it, for people."""
+    if progress.evaluated < config.max_iters:
+        return [f"stopped at step {step} of {config.max_iters} and saved; to go on: --config.init_from=auto"]
+    out_dir = shlex.quote(config.out_dir)
+    return [
+        f"finished; the best val loss was {progress.best_val_loss:.4f}, at step {progress.best_step}; next:",
+        f"  python -m jaxgpt.sample --out_dir={out_dir}",
+        f"  python -m jaxgpt.evaluate --out_dir={out_dir}",
+        f"  python -m jaxgpt.report {out_dir}",
+    ]
 
 
 def evaluate_only(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh) -> guard.Exit:
@@ -218,6 +252,7 @@ def decide_resume(
     if how == "resume" and not steps:
         raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=auto")
     if not steps:
+        check_empty(run)
         return False, config, []
     if how == "scratch" and not config.eval_only:
         raise UserError(f"{run} already holds a run; go on with init_from=resume, or choose another out_dir")
@@ -231,6 +266,15 @@ def decide_resume(
     if steps[-1] > config.max_iters:
         raise UserError(f"the run in {run} is at step {steps[-1]} already; raise max_iters={config.max_iters}")
     return True, config, changes
+
+
+def check_empty(run: Path) -> None:
+    """Raises UserError where a folder holds what a new run would spoil. A run that saved nothing is none of it."""
+    models = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "ckpt.pt")
+    if found := [name for name in models if (run / name).exists()]:
+        raise UserError(f"{run} holds a model ({found[0]}); choose another out_dir")
+    if (run / "config.json").exists() and "out_dir" not in read_saved(run):
+        raise UserError(f"{run} holds a config.json that is no run's; choose another out_dir")
 
 
 def open_weights(config: ConfigDict, mesh: Mesh) -> OpenedModel:
@@ -275,6 +319,7 @@ def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, ide
         return 0
     data.copy_tokenizer(run)
     lines = guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
+    guard.trim_jsonl(run / "samples.jsonl", step, without="text")
     about = {"model_source": find_model(config.model).source, "data": data.facts(), "environment": environment()}
     save_config(config, run, run_id=identity, **about)
     return lines
@@ -284,14 +329,15 @@ def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) 
     """How many optimizer steps one call of the compiled function takes.
 
     By default enough that a call takes about 50 ms, so that the device does not wait for the host between short steps.
-    Evaluations, the end and the step to go on from fall between calls: it divides them all.
+    Evaluations, samples, the end and the step to go on from fall between calls: it divides them all.
     """
-    common = math.gcd(config.eval_interval, config.max_iters, step)
+    common = math.gcd(config.eval_interval, config.sample_interval, config.max_iters, step)
     if config.steps_per_call:
         if common % config.steps_per_call:
             raise UserError(
                 f"steps_per_call={config.steps_per_call} must divide eval_interval={config.eval_interval}, "
-                f"max_iters={config.max_iters} and the step to start from, {step}; {common} does"
+                f"sample_interval={config.sample_interval}, max_iters={config.max_iters} and the step to start from, "
+                f"{step}; {common} does"
             )
         return config.steps_per_call
     peak = peak_flops(jax.devices()[0])
@@ -347,14 +393,16 @@ class StepLog:
         speed = self._stopwatch.lap(last)
         for i, step in enumerate(range(last - len(values["loss"]) + 1, last + 1)):
             row = {key: float(x[i]) for key, x in values.items()}
+            finite = bool(row.pop("finite"))
             if bad := int(row.pop("bad_steps")):
-                self._reporter.say(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: update dropped")
+                why = f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.4f}"
+                self._reporter.say(f"step {step}: {why}: update dropped")
+                self._reporter.event(step, "dropped", why)
                 self._reporter.record(step, {"skipped": bad})
-                finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
                 if bad >= self._config.max_bad_steps and not finite:  # spikes end by themselves: see step.Spikes
                     raise UserError(
-                        f"{bad} steps in a row up to {step} were dropped, their loss or gradient not finite; the "
-                        f"last good checkpoint is in {self._config.out_dir}: resume from it with a lower learning_rate",
+                        f"{bad} steps in a row up to {step} were dropped, their loss, gradient or update not finite; "
+                        f"the last good checkpoint is in {self._config.out_dir}: resume with a lower learning_rate",
                         status=guard.Exit.DIVERGED,
                     )
             elif step % self._config.log_interval == 0:
@@ -362,7 +410,8 @@ class StepLog:
                 ms = f", time {speed['step_ms']:.2f}ms" if speed else ""
                 self._reporter.say(f"iter {step}: loss {row['loss']:.4f}{ms}{mfu}")
                 self._reporter.record(step, row | speed)
-        self._reporter.progress(last, loss=f"{row['loss']:.4f}")
+        rate = {"tok/s": tqdm.format_sizeof(speed["tokens_per_s"])} if speed else {}
+        self._reporter.progress(last, loss=f"{row['loss']:.4f}", **rate)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_flags_override_the_preset():
         (["--config.dropout=1"], "dropout=1.0 must be below 1"),
         (["--config.mesh_data=0"], "mesh_data=0 must be a number of devices, or -1"),
         (["--config.min_lr=1"], "min_lr=1.0 is above learning_rate"),
-        (["--config.out_dir="], "out_dir is empty"),
+        (["--config.out_dir="], "out_dir='' names no folder"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(argv, message):

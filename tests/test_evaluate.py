@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
 import types
@@ -420,6 +421,23 @@ def test_a_mixtures_validation_asks_which_corpus(trained, monkeypatch):
     model.run_config.dataset = "a:0.7,b:0.3"
     with pytest.raises(UserError, match="was trained on several: add --data_dir"):
         tasks.open_validation(model, None)
+
+
+def test_a_runs_corpus_is_found_from_another_folder(run, tmp_path, monkeypatch):
+    """A relative data_dir means the folder in which the run was started."""
+    copy, there = tmp_path / "run", tmp_path / "there"
+    shutil.copytree(run, copy)
+    (there / "data" / "letters").mkdir(parents=True)
+    np.array([1, 2, 3, 4] * 20, np.uint16).tofile(there / "data" / "letters" / "val.bin")
+    write_meta(there / "data" / "letters", meta_for(CharTokenizer("abcdefgh \n"), "char"))
+    config = default_config()
+    config.update(json.loads((run / "config.json").read_text()) | {"dataset": "letters"})
+    save_config(config, copy)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="was trained on data/letters, which is not there; add --data_dir"):
+        tasks.open_validation(open_model(str(copy), mesh=make_mesh()), None)
+    save_config(config, copy, environment={"folder": str(there)})
+    assert len(tasks.open_validation(open_model(str(copy), mesh=make_mesh()), None).rows) == 3
 
 
 @settings(max_examples=30, deadline=None)

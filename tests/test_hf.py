@@ -282,6 +282,7 @@ def test_what_computes_the_same_is_read_as_transformers_reads_it(sound, tmp_path
         ({"num_hidden_layers": 1}, "n_layer=2 contradicts num_hidden_layers=1"),
         ({"n_head": 5}, "n_embd=24 is not divisible by n_head=5"),
         ({"n_layer": ...}, "h.2.ln_1.weight is missing"),  # GPT-2's 12
+        ({"n_layer": 10**9}, "n_layer=1000000000, but only 28 tensors are stored"),
         ({"add": {"transformer.h.0.attn.lora_A": torch.ones(2, 2)}}, "lora_A is no tensor of GPT-2"),
         ({"add": {"_orig_mod.transformer.wte.weight": torch.ones(131, 24)}, "remove": [WTE]}, "_orig_mod"),
     ],
@@ -289,6 +290,13 @@ def test_what_computes_the_same_is_read_as_transformers_reads_it(sound, tmp_path
 def test_what_is_another_function_is_refused_by_name(sound, tmp_path, changes, complaint):
     folder = change(copy_of(sound, tmp_path), **changes)
     with pytest.raises(UserError, match=complaint):
+        hf.open_weights(str(folder))
+
+
+def test_an_adapter_is_not_left_out(sound, tmp_path):
+    folder = copy_of(sound, tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has an adapter"):
         hf.open_weights(str(folder))
 
 
@@ -373,6 +381,23 @@ def test_only_gpt2_is_accepted(sound, tmp_path, key, value):
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(UserError, match=key):
         hf.open_weights(str(folder))
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(0, 200))
+KEYS = [*hf.OUR_ARCHITECTURE, *hf.GPT2_SMALL, *hf.OTHER_NAMES.values(), "n_inner", "eos_token_id"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_whatever_config_json_says_is_read_or_one_error(sound, tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "model.safetensors").symlink_to(sound / "model.safetensors")
+    config = json.loads((sound / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        assert hf.open_weights(str(folder)).fields["vocab_size"] == 131
+    except UserError as error:
+        assert str(folder) in str(error) and len(str(error).splitlines()) == 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -23,7 +23,7 @@ ROOMS = (
     r"weights\..+",
     r"scoring\..+",
     r"tools\..+",
-    r"__main__|train|sample|evaluate|convert|prepare|bench|plot|report",
+    r"__main__|notebook|train|sample|evaluate|convert|prepare|bench|plot|report",
 )
 # the parts that touch no flags and no files must not come to need those that do, whatever their rooms
 APART = {"models": ("config", "tokenizer", "data"), "decoding": ("config", "run"), "ops": ("models", "config")}
@@ -68,7 +68,8 @@ def test_no_circle_of_imports():
 
 
 def test_the_package_itself_imports_nothing():
-    assert imports((PACKAGE / "__init__.py").read_text()) == set()
+    lazy = {"models.gpt2", "notebook"}  # for type checkers; they come when they are first used
+    assert imports((PACKAGE / "__init__.py").read_text()) == lazy
     assert imports((PACKAGE / "ops" / "__init__.py").read_text()) == set()
 
 

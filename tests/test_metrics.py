@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 import time
 import types
@@ -219,3 +220,31 @@ def test_a_missing_tracker_is_one_line(tiny_config, monkeypatch, key, module):
     check_trackers(tiny_config())
     with pytest.raises(UserError, match=rf"{key} needs {module}; run: pip install 'jaxgpt\[track\]'"):
         check_trackers(tiny_config(**{key: True}))
+
+
+def test_no_bar_into_a_pipe(monkeypatch, tmp_path):
+    """In `train | tee log` lines reach the terminal through a pipe, and a bar beside them would tear them."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading), os.fdopen(writing, "w") as pipe, (tmp_path / "log").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert metrics.bar_hidden() is True
+        monkeypatch.setattr(sys, "stdout", file)
+        assert metrics.bar_hidden() is None  # as tqdm decides: by stderr
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        assert metrics.bar_hidden() is True
+
+
+def test_saves_and_samples_are_told_and_kept(tmp_path, tiny_config, capsys):
+    with Reporter(tmp_path, tiny_config(), first_step=0) as reporter:
+        reporter.saved(4, {"best_step": 4})
+        reporter.saved(8, {"best_step": 4})
+        reporter.sample(8, "é", "é and on")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4: saved, the best so far", "step 8: saved", "step 8: sample", "é and on", "---"
+    ]  # fmt: skip
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["event"], e.get("detail")) for e in events] == [
+        (4, "saved", "the best so far"), (8, "saved", None)
+    ]  # fmt: skip
+    sample = json.loads((tmp_path / "samples.jsonl").read_text())
+    assert sample == {"step": 8, "prompt": "é", "text": "é and on"}

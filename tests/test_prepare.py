@@ -17,7 +17,8 @@ import pyarrow.parquet
 import pytest
 import requests
 
-from jaxgpt import UserError
+from jaxgpt import UserError, prepare
+from jaxgpt.data import Corpus
 from jaxgpt.tokenizer import gpt2, load_tokenizer, read_meta
 
 ROOT = Path(__file__).parents[1]
@@ -195,10 +196,75 @@ def test_other_parquet_files_are_one_line(gpt2_files, tmp_path, monkeypatch, col
 def test_the_hub_out_of_reach_is_one_line(gpt2_files, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("openwebtext", "fineweb_edu"):
+    for name, instead in (("openwebtext", "--input"), ("fineweb_edu", "--input"), ("fineweb10b", "copy its files")):
         result = run(name, "--out_dir", tmp_path / "out")
         assert result.returncode == 2 and result.stderr.startswith("error: cannot get ")
-        assert result.stderr.count("\n") == 1 and "--input" in result.stderr and not (tmp_path / "out").exists()
+        assert result.stderr.count("\n") == 1 and instead in result.stderr and not (tmp_path / "out").exists()
+
+
+# ---- FineWeb10B's tokens, as others made them
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub: files of as many tokens as their number says, and which were asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository: str, name: str, repo_type: str, local_dir: Path) -> None:
+        assert (repository, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        asked.append(name)
+        count = 100 + int(re.findall(r"\d+", name)[0])
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, count
+        Path(local_dir).mkdir(parents=True, exist_ok=True)
+        (Path(local_dir) / name).write_bytes(header.tobytes() + np.arange(count, dtype="<u2").tobytes())
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_fineweb10b_is_downloaded_and_read_as_it_is(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["fineweb10b", "--files=2"])
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert hub == names
+    train = Corpus.open(tmp_path / "data" / "fineweb10b", "train", block_size=8, vocab_size=50257)
+    assert len(train) == 203 and train.meta.eot == 50256 and [path.name for path in train.paths] == names[1:]
+    prepare.main(["fineweb10b", "--files=3"])
+    assert hub == [*names, "fineweb_train_000003.bin"]  # what was missing
+    assert "train has 306 tokens in 3 files" in capsys.readouterr().out
+    assert len(Corpus.open(tmp_path / "data" / "fineweb10b", "train", block_size=8, vocab_size=50257)) == 306
+    broken = tmp_path / "data" / "fineweb10b" / names[1]
+    broken.write_bytes(broken.read_bytes()[:-2])
+    with pytest.raises(UserError, match="header says 101 tokens, but 100 follow"):
+        prepare.main(["fineweb10b", "--files=3"])
+    with pytest.raises(UserError, match="files=0 is not between"):
+        prepare.main(["fineweb10b", "--files=0"])
+
+
+# ---- python -m jaxgpt.prepare
+
+
+def test_prepare_by_name_from_anywhere(gpt2_files, tmp_path, monkeypatch, capsys):
+    """The tokens go to data/NAME of the working folder, or to --out_dir; ~ is the home folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "own.txt").write_text(TEXT)
+    for arguments, folder in (([], "data/shakespeare_char"), (["--out_dir=~/a b:c"], "home/a b:c")):
+        prepare.main(["shakespeare_char", "--input=own.txt", *arguments])
+        assert decoded(tmp_path / folder, "train") == TEXT[: int(len(TEXT) * 0.9)]
+    prepare.main(["text", "own.txt", "--val_fraction=0.1", "--workers=1"])
+    assert decoded(tmp_path / "data/text", "train").endswith("<|endoftext|>")
+    capsys.readouterr()
+    prepare.main(["--help"])
+    assert "fineweb10b, fineweb_edu, openwebtext" in capsys.readouterr().out
+    for argv, complaint in (([], "no corpus ''"), (["shakespear"], "did you mean shakespeare")):
+        with pytest.raises(UserError, match=complaint):
+            prepare.main(argv)
+    with pytest.raises(UserError, match="unknown argument --valid; did you mean --val"):
+        prepare.main(["text", "own.txt", "--valid=x"])
 
 
 # ---- A user's own text

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
+from jaxgpt.corpus import sources
 from jaxgpt.tokenizer import (
     GPT2_FILES,
     GPT2_IDENTITY,
@@ -201,6 +203,150 @@ def test_gpt2_without_its_files_fails_fast(gpt2_files, tmp_path, monkeypatch):
         GPT2Tokenizer()
     assert path.exists()  # a user's file is not ours to delete
     assert len(GPT2_FILES) == len(os.listdir(gpt2_files))
+
+
+# ---- Encoding is one function of text, whatever the file asks for beside
+
+
+NORMALIZERS = {
+    "none": None,
+    "NFC": {"type": "NFC"},
+    "NFKC": {"type": "NFKC"},
+    "lowercase": {"type": "Lowercase"},
+    "strip": {"type": "Strip", "strip_left": True, "strip_right": True},
+    "bert": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+             "lowercase": True},
+}  # fmt: skip
+MORE = {
+    "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Left"},
+    "padding": {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+                       "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["?"]}}},
+}  # fmt: skip
+
+
+@functools.cache
+def variant(kind: str, normalizer: str, added: str, more: tuple[str, ...]) -> JsonTokenizer:
+    """A tokenizer of `made`, with a normalizer, tokens added after training, and some of MORE in its file.
+
+    added: "special" and "ordinary" tokens; "eot": the end-of-text token was added as an ordinary one, or is only in the
+    model's vocabulary ("vocabulary").
+    """
+    content = json.loads(made(kind).to_str())
+    ours = [NORMALIZERS[normalizer], content["normalizer"]]
+    content["normalizer"] = {"type": "Sequence", "normalizers": [each for each in ours if each]}
+    content |= {key: MORE[key] for key in more}
+    if added in ("eot", "vocabulary"):
+        for token in content["added_tokens"]:
+            token["special"] = False
+    if added == "vocabulary":
+        content["added_tokens"] = []
+    bpe = tokenizers.Tokenizer.from_str(json.dumps(content))
+    if added == "special":
+        bpe.add_special_tokens(["<|user|>", "any"])
+    if added == "ordinary":
+        bpe.add_tokens(["Citizen", "日本", "x  y"])
+    folder = Path(tempfile.mkdtemp(prefix="tokenizer"))
+    return loaded(folder, bpe.to_str())
+
+
+VARIANTS = st.builds(
+    variant,
+    st.sampled_from(KINDS),
+    st.sampled_from(sorted(NORMALIZERS)),
+    st.sampled_from(["none", "special", "ordinary", "eot", "vocabulary"]),
+    st.sets(st.sampled_from(sorted(MORE))).map(sorted).map(tuple),
+)
+PLAIN = ["First", "Citizen", "proceed", "any", "naïve", "日本語", "🙂", "“we'll”", "zzz", "E\u0301", "7", ".", ":"]
+WORDS = st.sampled_from(PLAIN)
+SPECIAL = st.sampled_from(["<|endoftext|>", "<unk>", "<|user|>", "</s>", "[SEP]"])
+SPACES = st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\n\n", "\u3000", ""])
+TEXTS = st.lists(st.tuples(WORDS | SPECIAL | TEXT, SPACES).map("".join), max_size=60).map("".join)
+
+
+@given(VARIANTS, TEXTS, st.integers(20, 200))
+@settings(max_examples=400)
+def test_parts_of_a_document_have_the_tokens_of_the_whole(tokenizer, text, limit):
+    """For every kind of tokenizer: pieces as a corpus is cut, each encoded with the text around it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "PIECE", limit)
+        patch.setattr(sources, "CONTEXT", 120)
+        pieces = list(sources.split_text([text[i : i + limit] for i in range(0, len(text), limit)]))
+    apart = [i for piece in pieces for i in tokenizer.encode_array(piece.text, piece.before, piece.after).tolist()]
+    assert apart == tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+
+
+@given(VARIANTS, TEXTS)
+@settings(max_examples=400)
+def test_ordinary_text_has_no_special_tokens(tokenizer, text):
+    """Not those of the text's own words, however the file has them; `special` asks for them. And no more than that."""
+    ids = tokenizer.encode(text)
+    unknown = tokenizer._bpe.token_to_id("<unk>")
+    assert not tokenizer.special_ids() - {unknown} & set(ids)
+    assert tokenizer.eot not in ids and tokenizer.eot == 0
+    assert tokenizer.eot in tokenizer.encode("any<|endoftext|>", special=True)
+    assert (tokenizer.eot in tokenizer.encode(text, special=True)) == ("<|endoftext|>" in text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(TEXTS)
+@settings(max_examples=60)
+def test_ordinary_text_is_encoded_as_by_the_library(kind, text):
+    """Where no word of it is a special token: the ids that `tokenizers` gives for the file without those additions."""
+    for name in ("<|endoftext|>", "<unk>", "<0x"):
+        text = text.replace(name, "")
+    expected = made(kind).encode(text, add_special_tokens=False).ids
+    assert variant(kind, "none", "none", tuple(sorted(MORE))).encode(text) == expected
+
+
+@given(VARIANTS, TEXTS, TEXTS, st.lists(st.integers(1, 9), max_size=9))
+@settings(max_examples=400)
+def test_a_continuation_is_the_whole_less_the_prompt(tokenizer, prompt, text, sizes):
+    """In any portions, and with whatever spaces the decoder puts between the two."""
+    prompt_ids, ids = tokenizer.encode(prompt, special=True), tokenizer.encode(prompt + " " + text)
+    stream, shown, rest = Stream(tokenizer, prompt=prompt_ids), tokenizer.decode(prompt_ids), list(ids)
+    for size in [*sizes, len(ids)]:
+        shown += stream.push(rest[:size])
+        del rest[:size]
+    assert shown + stream.flush() == tokenizer.decode([*prompt_ids, *ids])
+
+
+def test_the_space_after_the_prompt(tmp_path):
+    """Metaspace's and Llama's decoders leave out the space at the beginning of what they decode."""
+    for kind in ("metaspace", "llama", "wordlevel", "unigram", "wordpiece"):
+        tokenizer = loaded(tmp_path, made(kind).to_str())
+        whole = tokenizer.encode("Before we proceed any")
+        for cut in range(1, len(whole)):
+            stream = Stream(tokenizer, prompt=whole[:cut])
+            text = tokenizer.decode(whole[:cut]) + stream.push(whole[cut:]) + stream.flush()
+            assert text == tokenizer.decode(whole) == "Before we proceed any"
+
+
+def test_text_that_a_vocabulary_lacks(tmp_path):
+    """BPE without unk_token drops what it does not know: an error here. An unknown word is no end of text either."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, " ": 3}, [("a", "b")]))
+    tokenizer = loaded(tmp_path, bpe.to_str())
+    assert tokenizer.encode("ab ba") == [2, 3, 1, 0]
+    for text in ("abc", "é"):
+        with pytest.raises(UserError, match=f"cannot encode '{text[-1]}'"):
+            tokenizer.encode(text)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "</s>": 1}, unk_token="</s>"))
+    with pytest.raises(UserError, match="cannot encode it"):  # which would end the document
+        loaded(tmp_path, words.to_str()).encode("there")
+    content = json.loads(bpe.to_str())
+    content["model"] |= {"vocab": {"\ufffd": 0, "b": 1}, "merges": []}
+    assert loaded(tmp_path, content).encode("b\ud83db") == [1, 0, 1]
+
+
+def test_random_merges_are_left_out(tmp_path):
+    """BPE-dropout, which a file may ask for: the same text has the same tokens."""
+    content = json.loads(made("byte-level").to_str())
+    plain = loaded(tmp_path, content)
+    content["model"]["dropout"] = 0.9
+    dropping = loaded(tmp_path, content)
+    assert all(dropping.encode(PROSE) == plain.encode(PROSE) for _ in range(5))
 
 
 # ---- Identity: equal exactly when ids mean the same

@@ -256,7 +256,6 @@ class Checkpoints:
         late = future.exception() if future else None  # waits, also after an error at the beginning
         error = error or late
         self._ok = everywhere(error is None)
-        self.on_save: Callable[[int, dict], None] = lambda step, info: None  # told, on process 0, what is on disk
         self.failure = "" if error is None else _brief(error)
         if self._ok:
             self._saved = Saved(step, info)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from jaxgpt.config import Parts
 from jaxgpt.data import RunData
-from jaxgpt.metrics import perplexity
+from jaxgpt.metrics import bar_hidden, perplexity
 from jaxgpt.models import Params
 from jaxgpt.run.processes import agree
 from jaxgpt.scoring.scorer import Scorer
@@ -32,13 +33,15 @@ class Evaluation:
             self._batches = self._data.eval_batches()
             self._step = self._step.lower(params, self._batches["val"][0]).compile()
             agree("compiled evaluation", {})
-        scores = {}
-        for split, calls in self._batches.items():
-            losses = []
-            for tokens in calls:
-                check()
-                losses.append(jax.device_get(self._step(params, tokens)))
-            scores[f"{split}_loss"] = float(np.sum(self._weights[split] * np.array(losses, np.float64)))
+        scores, total = {}, sum(map(len, self._batches.values()))
+        with tqdm(total=total, desc="evaluating", leave=False, disable=bar_hidden(), dynamic_ncols=True) as bar:
+            for split, calls in self._batches.items():
+                losses = []
+                for tokens in calls:
+                    check()
+                    losses.append(jax.device_get(self._step(params, tokens)))
+                    bar.update()
+                scores[f"{split}_loss"] = float(np.sum(self._weights[split] * np.array(losses, np.float64)))
         scores["val_ppl"] = perplexity(scores["val_loss"])
         for name, task in self._tasks.items():
             scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}

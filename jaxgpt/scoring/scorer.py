@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 from tqdm import tqdm
 
+from jaxgpt.metrics import bar_hidden
 from jaxgpt.models import ModelConfig, Params, abstract_params, bind, roles
 from jaxgpt.sharding import BATCH_AXES, data_shards, with_whole_params
 
@@ -82,8 +83,7 @@ class Scorer:
     def _run(self, of_batch: Callable, params: Params, rows: Sequence[Row], label: str, check: Callable[[], None]):
         """Yields the indices of each batch's rows and what `of_batch` says of them."""
         batches, pending = self._batches(rows), None
-        hidden = True if not label or jax.process_index() else None  # None: shown on a terminal
-        for indices, size, length in tqdm(batches, desc=label, disable=hidden, dynamic_ncols=True):
+        for indices, size, length in tqdm(batches, desc=label, disable=not label or bar_hidden(), dynamic_ncols=True):
             check()
             result = of_batch(params, self._padded([rows[i] for i in indices], size, length))
             if pending:  # the host prepares one batch while the device computes another

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt import UserError, optional
-from jaxgpt.config import DataConfig
+from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.data import Corpus, corpus_folders
 from jaxgpt.keys import take
 from jaxgpt.metrics import perplexity
@@ -159,6 +159,13 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     folders = [Path(data_dir)] if data_dir else corpus_folders(take(DataConfig, model.run_config))
     if len(folders) > 1:
         raise UserError(f"which corpus? {model.source} was trained on several: add --data_dir=FOLDER of one of them")
-    corpus = Corpus.open(folders[0], "val", block_size=1, vocab_size=model.config.vocab_size)
+    folder, began = folders[0], read_saved(model.folder).get("environment") if not data_dir else None
+    if not folder.exists() and isinstance(began, dict) and "folder" in began:
+        folder = Path(began["folder"], folder)  # as it was named where the run was started
+    if not folder.exists():
+        raise UserError(
+            f"{model.source} was trained on {folder}, which is not there; add --data_dir=FOLDER of its corpus"
+        )
+    corpus = Corpus.open(folder, "val", block_size=1, vocab_size=model.config.vocab_size)
     model.check_corpus(corpus.meta)
     return validation(corpus, model.config.block_size)

@@ -48,7 +48,7 @@ TABLE = (
 NOT_WEIGHTS = re.compile(
     r"h\.\d+\.attn\.(bias|masked_bias)|(multiple_choice_head|score|classifier|qa_outputs|v_head)\..+"
 )
-TABLE_NAME, HEAD = "wte.weight", "lm_head.weight"  # one tied parameter: stored under either name or twice
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"  # one tied parameter: stored under either name or twice
 
 # What config.json must say, where it says anything, for its weights to mean what our model computes: what we write,
 # then what computes the same. Absent keys have these values in transformers' GPT2Config too.
@@ -106,7 +106,7 @@ class Weights(NamedTuple):
         def read(path, leaf) -> jax.Array:
             name = names[tuple(p.key for p in path)]
             tensor = self.tensors[name].read()
-            if name == TABLE_NAME:  # the padding of the vocabulary
+            if name == EMBEDDING:  # the padding of the vocabulary
                 tensor = np.pad(tensor, ((0, leaf.shape[0] - len(tensor)), (0, 0)))
             return place(tensor.reshape(leaf.shape), leaf)
 
@@ -125,6 +125,8 @@ def open_weights(source: str) -> Weights:
         raise UserError(f"{source} is neither {', '.join(GPT2_SIZES)} nor a folder with a run or a model (config.json)")
     config = read_json(path)
     fields = _fields(config, path)
+    if (folder / "adapter_config.json").is_file():  # which transformers adds to the weights, where peft is installed
+        raise UserError(f"{folder} has an adapter (adapter_config.json); merge it into the weights first")
     tied = config.get("tie_word_embeddings", True)
     tensors = account(_open_files(folder), fields, str(folder), tied=tied)
     return Weights(folder, fields, _meta(folder, fields["vocab_size"], config), tensors)
@@ -138,11 +140,14 @@ def account(
     tied: whether lm_head.weight may stand for wte.weight. UserError, naming `source` and the tensor: one is missing,
     unknown, given twice, of another shape or no float, or lm_head is not wte.
     """
+    found = list(stored)
+    if fields["n_layer"] > len(found):  # before a name is made for each of a billion layers
+        raise UserError(f"{source}: n_layer={fields['n_layer']}, but only {len(found)} tensors are stored")
     wanted = _table(fields)
-    wanted[HEAD] = wanted[TABLE_NAME]
+    wanted[HEAD] = wanted[EMBEDDING]
     tensors: dict[str, Tensor] = {}
     problems = []
-    for full_name, tensor in stored:
+    for full_name, tensor in found:
         name = full_name.removeprefix("transformer.")
         if NOT_WEIGHTS.fullmatch(name):
             continue
@@ -156,16 +161,16 @@ def account(
             problems.append(f"{full_name} is stored as {tensor.dtype}; only float weights are supported")
         tensors[name] = tensor
     if HEAD in tensors and tied:  # safetensors.torch.save_model keeps this one of the two names
-        tensors.setdefault(TABLE_NAME, tensors[HEAD])
+        tensors.setdefault(EMBEDDING, tensors[HEAD])
     elif not tied and HEAD not in tensors:
         problems.append(f"tie_word_embeddings=False, but {HEAD} is missing")
     problems += [f"{name} is missing" for name in wanted if name not in tensors and name != HEAD]
     if problems:
         more = f" (and {len(problems) - 1} problems more)" if problems[1:] else ""
         raise UserError(f"{source}: {problems[0]}{more}; these are not a whole GPT-2's weights")
-    head, table = tensors.pop(HEAD, None), tensors[TABLE_NAME]
+    head, table = tensors.pop(HEAD, None), tensors[EMBEDDING]
     if head and head is not table and not np.array_equal(head.read(), table.read(), equal_nan=True):
-        raise UserError(f"{source}: {HEAD} differs from {TABLE_NAME}; GPT-2 ties them, untied weights cannot be used")
+        raise UserError(f"{source}: {HEAD} differs from {EMBEDDING}; GPT-2 ties them, untied weights cannot be used")
     return tensors
 
 

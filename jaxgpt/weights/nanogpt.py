@@ -15,7 +15,7 @@ from typing import Any
 from jaxgpt import UserError
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, corpus_meta
 from jaxgpt.weights.files import Tensor, load_torch, torch_tensors
-from jaxgpt.weights.hf import TABLE_NAME, Weights, account
+from jaxgpt.weights.hf import EMBEDDING, Weights, account
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 PADDED_GPT2 = 50304  # the vocabulary that nanoGPT gives a model whose corpus has no meta.pkl
@@ -43,8 +43,8 @@ def open_checkpoint(path: Path, data_dir: str | None) -> tuple[Weights, dict[str
     meta = _meta(path, content, fields["vocab_size"], data_dir)
     stored = _gpt2_layout(path, content["model"])
     tensors = account(stored, fields, str(path))
-    table, used = tensors[TABLE_NAME], meta.vocab_size
-    tensors[TABLE_NAME] = Tensor((used, table.shape[1]), table.dtype, lambda: table.read()[:used])
+    table, used = tensors[EMBEDDING], meta.vocab_size
+    tensors[EMBEDDING] = Tensor((used, table.shape[1]), table.dtype, lambda: table.read()[:used])
     known = {key: float(content[key]) for key in ("iter_num", "best_val_loss") if key in content}
     return Weights(Path(data_dir or path.parent), fields | {"vocab_size": used}, meta, tensors), known
 

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.config import GPT2_SIZES, DeviceConfig, Parser, default_config, read_config, resolve
 from jaxgpt.keys import keys
-from jaxgpt.models import ModelConfig, Params, abstract_params, cast_params, roles
+from jaxgpt.models import ModelConfig, Params, abstract_params, bind, cast_params, roles
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
-from jaxgpt.tokenizer import Meta, Tokenizer, check_same_language, corpus_meta, load_tokenizer
+from jaxgpt.tokenizer import Meta, Tokenizer, check_same_language, corpus_meta, identified, load_tokenizer
 from jaxgpt.weights import hf
 from jaxgpt.weights.files import ParamsFile, read_json
 
@@ -66,9 +68,8 @@ class OpenedModel:
 
     @functools.cached_property
     def language(self) -> Meta:
-        """The tokenizer's meta with its identity, which a Hugging Face folder with a tokenizer.json does not tell."""
-        unread = not self.meta.identity and (self.folder / self.meta.tokenizer).is_file()
-        return dataclasses.replace(self.meta, identity=self.tokenizer.identity) if unread else self.meta
+        """The tokenizer's meta with its identity, which a Hugging Face folder does not tell."""
+        return identified(self.meta, self.folder)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -91,6 +92,31 @@ class OpenedModel:
             stored = cast_params(self.config, stored, self.param_dtype)
             params = self.weights.params(stored)
         return jax.tree.map(lambda x, to: x[tuple(map(slice, to.shape))] if x.shape != to.shape else x, params, wanted)
+
+    @property
+    def module(self) -> Any:
+        """The nnx.Module over the parameters."""
+        return bind(self.config, self.params)
+
+    def logits(self, tokens: Any) -> Float[Array, "B T vocab_size"]:
+        """Float32 logits of the token after each. tokens: ids (B, T), or a text, which is one row."""
+        ids = jnp.asarray([self.encode(tokens)] if isinstance(tokens, str) else tokens, jnp.int32)
+        return self._logits(self.params, ids)
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        def logits(params: Params, tokens: Array) -> Array:
+            module = bind(self.config, params)
+            return module.logits(module.hidden(tokens)[0]).reshape(*tokens.shape, -1)
+
+        return jax.jit(logits)
+
+    def encode(self, prompt: str) -> list[int]:
+        """A prompt's tokens, special ones by their names. UserError if there are none of the model's."""
+        tokens = self.tokenizer.encode(prompt, special=True)
+        if not tokens or max(tokens) >= self.config.vocab_size:
+            raise UserError(f"{prompt!r} has no tokens of the model's {self.config.vocab_size}; give another prompt")
+        return tokens
 
 
 def placed_params(config: ModelConfig, mesh: Mesh) -> Params:
