@@ -13,7 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.config import DataConfig, Parser, parse_config, resolve, run_main
+from jaxgpt.cli import Parser, run_main
+from jaxgpt.config import DataConfig, parse_config, resolve
 from jaxgpt.data import RunData, prefetch
 from jaxgpt.decoding import Generator
 from jaxgpt.keys import take

@@ -4,28 +4,20 @@ A model's own keys are in its file, the optimizer's in optim.py; all are flat: `
 """
 
 import argparse
-import contextlib
 import dataclasses
-import difflib
-import faulthandler
 import itertools
 import json
-import logging
-import os
 import re
 import runpy
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write, console, shipped, user_error
+from jaxgpt import UserError, atomic_write, shipped
+from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.keys import check, key, keys, take
 from jaxgpt.models import ModelConfig, find_model
 from jaxgpt.ops import fp8
@@ -266,60 +258,6 @@ def unknown_key(name: str, known: Iterable[str] | None = None) -> str:
     return f"there is no key {name}{hint or '; python -m jaxgpt.train --help lists the keys'}"
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """What to say of the one of `words` that was probably meant."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise ValueError(text)
-    return text.lower() in ("true", "1", "yes")
-
-
-def integer(text: str) -> int:
-    """An int, also written 1e5 or 600_000."""
-    value = float(text.replace("_", ""))
-    if not value.is_integer():
-        raise ValueError(text)
-    return int(value)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind each help text, but for those that say nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default in ("", argparse.SUPPRESS) or action.nargs == 0
-        if silent or not action.option_strings:
-            return action.help
-        shown = str(action.default).replace("%", "%%")
-        return f"{action.help} (default: {shown if shown.isprintable() else repr(shown)})"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, its errors raised as UserError."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists the arguments")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parses argv whole: an unknown argument is an error that names the nearest known one."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            if name.startswith("--config."):
-                known = [x.removeprefix("--config.") for x in self._option_string_actions if x.startswith("--config.")]
-                raise UserError(unknown_key(name.removeprefix("--config."), known))
-            if f"--config.{name.lstrip('-')}" in self._option_string_actions:
-                raise UserError(f"unknown argument {name}; keys of the config are written --config.{name.lstrip('-')}")
-            raise UserError(f"unknown argument {name}{nearest(name, self._option_string_actions)}")
-        return args
-
-
 class Parsed(NamedTuple):
     """A command line."""
 
@@ -333,6 +271,7 @@ def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
 
     A model named by the preset or the command line brings its own keys.
     """
+    parser.unknown_key = unknown_key
     parser.usage = f"{parser.prog} [--config] FILE[:ARGUMENT] [--config.KEY=VALUE …] [other options]"
     about = "a preset, such as configs/gpt2.py:gpt2-xl; --config may be left out"
     parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help=about)
@@ -455,41 +394,3 @@ def resumed_config(
             lines.append(f"{name} stays {saved[name]}, as in the run; the preset has {config[name]}")
     validate(result)
     return result, lines
-
-
-EXIT_S = 30.0  # how long a program that failed may take to end: a library's thread may wait for what will not come
-
-
-def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Runs an entry point, which gives the exit status; what a user can mend becomes one line, `error: …`.
-
-    This is the one place that does so, but for several processes: see Processes.
-    """
-    console.prepare()
-    with contextlib.suppress(ValueError, RuntimeError):  # a stderr that is no file; none
-        faulthandler.enable()  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logging.raiseExceptions = False  # where stderr cannot be written
-    try:
-        status = main(sys.argv[1:]) or 0
-    except KeyboardInterrupt:
-        status = 130  # 128 + SIGINT, as shells do
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        status = 1
-    except Exception as error:
-        if (problem := user_error(error)) is None:
-            traceback.print_exc()
-        else:
-            console.complain(f"error: {' '.join(str(problem).split())}")
-        status = 1 if problem is None else problem.status
-    console.settle()
-    if status:
-        threading.Thread(target=_end_in_time, args=(status,), daemon=True).start()
-    sys.exit(status)
-
-
-def _end_in_time(status: int) -> None:
-    """Ends the process EXIT_S after its main thread did."""
-    threading.main_thread().join()
-    time.sleep(EXIT_S)
-    os._exit(status)

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from jaxgpt import FULL, Unavailable, UserError
-from jaxgpt.config import Parser, run_main, save_config
+from jaxgpt.cli import Parser, run_main
+from jaxgpt.config import save_config
 from jaxgpt.models import find_model
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.launchers import find_cluster

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from jaxgpt import UserError, atomic_write
-from jaxgpt.config import Parser, run_main
+from jaxgpt.cli import Parser, run_main
 from jaxgpt.run.processes import Processes
 from jaxgpt.scoring.scorer import Scorer
 from jaxgpt.scoring.tasks import METRICS, Task, load_task, open_validation, parse_tasks

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from jaxgpt import UserError
-from jaxgpt.config import Parser, run_main
+from jaxgpt.cli import Parser, run_main
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl: each has a step
 

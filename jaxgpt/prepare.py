@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import UserError, shipped
-from jaxgpt.config import nearest, run_main
+from jaxgpt.cli import nearest, run_main
 
 
 def main(argv: Sequence[str]) -> None:

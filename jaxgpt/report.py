@@ -19,7 +19,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxgpt import UserError, __version__, atomic_write
-from jaxgpt.config import Parser, default_config, read_config, run_main
+from jaxgpt.cli import Parser, run_main
+from jaxgpt.config import default_config, read_config
 from jaxgpt.plot import COLORS, LOSSES, Rows, X, Y, draw, read_metrics, series
 
 PANELS = [  # of each picture: y, x, caption

@@ -15,16 +15,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxgpt import Unavailable, UserError, console, local_path
+from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import (
     DataConfig,
-    Parser,
     Parts,
     parse_config,
     read_config,
     read_saved,
     resolve,
     resumed_config,
-    run_main,
     save_config,
 )
 from jaxgpt.data import RunData, check_same_corpora, corpus_folders, prefetch

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from jaxgpt import UserError
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 from jaxgpt.data import Batches, Corpus
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import UserError, atomic_write
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 from jaxgpt.corpus.sources import pip_download
 from jaxgpt.tokenizer import GPT2_FILES, gpt2_cache_name
 

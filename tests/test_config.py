@@ -10,17 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
+from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import (
     ELSEWHERE,
     GPT2_SIZES,
-    Parser,
     all_keys,
     default_config,
     load_preset,
     parse_config,
     read_config,
     resumed_config,
-    run_main,
     save_config,
     unknown_key,
     validate,

@@ -35,7 +35,7 @@ DOCUMENTS = [text + " naïve 日本語 🙂\r\n" * (i % 3) for i, text in enumer
 CHILD = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 from jaxgpt.corpus.shards import build
 from jaxgpt.corpus.sources import Files
 def main(argv):

@@ -465,7 +465,7 @@ def test_a_missing_library_is_one_error(sound, monkeypatch):
 def test_a_name_that_cannot_be_had_is_one_error(tmp_path):
     """In a process that has imported nothing but what jaxgpt imports."""
     code = (
-        "import sys; from jaxgpt.config import run_main; from jaxgpt.weights import hf; "
+        "import sys; from jaxgpt.cli import run_main; from jaxgpt.weights import hf; "
         "run_main(lambda names: hf.open_weights(*names))"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 # Rooms from the ground up, each a pattern of modules' names. A module imports from rooms below its own, and from its
 # own, where no circle of imports may arise. The package itself, which holds UserError, lies below all.
 ROOMS = (
-    r"keys|console|tokenizer|sharding",
+    r"keys|console|cli|tokenizer|sharding",
     r"ops(\..+)?",
     r"models(\..+)?",
     r"optim",

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import UserError, sample
-from jaxgpt.config import run_main, save_config
+from jaxgpt.cli import run_main
+from jaxgpt.config import save_config
 from jaxgpt.models import bind, init_params
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints

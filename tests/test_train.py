@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import UserError
-from jaxgpt.config import read_config, resolve, run_main
+from jaxgpt.cli import run_main
+from jaxgpt.config import read_config, resolve
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.step import abstract_state
 from jaxgpt.train import choose_steps_per_call, main

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import UserError, local_path, optional
-from jaxgpt.config import Parser, integer, run_main
+from jaxgpt.cli import Parser, integer, run_main
 from jaxgpt.data import header_bytes
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, read_meta, write_meta
 

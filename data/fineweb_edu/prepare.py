@@ -5,7 +5,7 @@ Needs 50 GB for the hub's cache and 20 GB for the tokens. Run again after a stop
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 from jaxgpt.corpus import shards, sources
 
 

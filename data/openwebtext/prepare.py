@@ -5,7 +5,7 @@ validation. Needs 54 GB for the hub's cache and 18 GB for the tokens. Run again 
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 from jaxgpt.corpus import shards, sources
 
 

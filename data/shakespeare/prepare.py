@@ -4,7 +4,7 @@ import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 
 
 def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import requests
 
 from jaxgpt import UserError, atomic_write, local_path
-from jaxgpt.config import Parser, run_main
+from jaxgpt.cli import Parser, run_main
 from jaxgpt.corpus import shards
 from jaxgpt.corpus.sources import decode_text, pip_download
 from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, write_meta

@@ -6,7 +6,7 @@ python data/text/prepare.py notes/ books/*.txt.gz posts.jsonl --field=body --out
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.config import run_main
+from jaxgpt.cli import run_main
 from jaxgpt.corpus import shards, sources
 
 

@@ -28,11 +28,12 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from jaxgpt import UserError, atomic_write, local_path
-from jaxgpt.config import Parser, integer
+from jaxgpt.cli import Parser, integer
 from jaxgpt.corpus.sources import PIECE, Piece, Source
 from jaxgpt.tokenizer import (
     DAMAGE,
     PROGRESS,
+    FastGPT2Tokenizer,
     JsonTokenizer,
     Tokenizer,
     gpt2,
@@ -58,10 +59,13 @@ def build(
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
     first_shard_is_val: bool = False,
+    fast: bool = False,
 ) -> None:
     """Writes train_*.bin, val_*.bin and meta.json into `out_dir`, or what is still missing of them.
 
-    `tokenizer`: gpt2, or the path of a tokenizer.json. With `first_shard_is_val`, the source has but a train split.
+    `tokenizer`: gpt2, or the path of a tokenizer.json. `fast`: GPT-2's by gigatoken, the same tokens. With
+    `first_shard_is_val`, the source has but a train split.
+
     UserError: bad input, a full disk, Ctrl-C, with the finished shards kept; a folder that holds another corpus; too
     little text for both splits, of which nothing is kept.
     """
@@ -69,7 +73,7 @@ def build(
     workers = int(getattr(os, "process_cpu_count", os.cpu_count)() or 1) if workers is None else workers
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"shard_tokens={shard_tokens} and workers={workers} must be at least 1")
-    bpe, name = make_tokenizer(tokenizer, eot), "gpt2"
+    bpe, name = make_tokenizer(tokenizer, eot, fast), "gpt2"
     settings = {
         "source_sha256": source.fingerprint,
         "shard_tokens": shard_tokens,
@@ -105,7 +109,7 @@ def build(
             stack.push(writers[split].opened)  # an error leaves no file of its own
         start = {split: writer.start for split, writer in writers.items()}
         chunks = _chunks(source.pieces(start), start)
-        encoded = stack.enter_context(contextlib.closing(_encoded(chunks, workers, tokenizer, eot)))
+        encoded = stack.enter_context(contextlib.closing(_encoded(chunks, workers, tokenizer, eot, fast)))
         bar = stack.enter_context(
             tqdm(total=source.total, unit=source.unit, unit_scale=True, desc="tokenizing", disable=None)
         )
@@ -127,8 +131,12 @@ def build(
         print(f"{out}: {split} has {sum(r['tokens'] for r in shards[split]):,} tokens in {len(shards[split])} files")
 
 
-def make_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
+def make_tokenizer(name: str, eot: str | None = None, fast: bool = False) -> Tokenizer:
     """gpt2, or the tokenizer.json of that path. UserError if it has no end-of-text token and `eot` names none."""
+    if fast:
+        if name != "gpt2":
+            raise UserError(f"--fast is for GPT-2's tokens, not for {name}; leave it out")
+        return FastGPT2Tokenizer()
     tokenizer = gpt2() if name == "gpt2" else JsonTokenizer(local_path(name), eot)
     if tokenizer.eot is None:
         raise UserError(f"{name} has no usual end-of-text token; name its token that ends a document with --eot")
@@ -141,6 +149,7 @@ def parser(description: str | None, folder: Path) -> Parser:
     made.add_argument("--out_dir", type=local_path, default=folder, help="where the tokens go")
     made.add_argument("--workers", type=int, help="processes; by default one for each core")
     made.add_argument("--shard_tokens", type=integer, default=100_000_000, help="tokens in a file")
+    made.add_argument("--fast", action="store_true", help="GPT-2's tokens by gigatoken (pip install 'jaxgpt[fast]')")
     return made
 
 
@@ -310,13 +319,13 @@ def _submit(pool: ProcessPoolExecutor, chunk: list[Piece]) -> Future[Tokens]:
 _tokenizer: Tokenizer  # of this process
 
 
-def _set_tokenizer(name: str, eot: str | None) -> None:
+def _set_tokenizer(*how: Any) -> None:
     global _tokenizer
-    _tokenizer = make_tokenizer(name, eot)
+    _tokenizer = make_tokenizer(*how)
 
 
-def _start_worker(name: str, eot: str | None) -> None:
-    _set_tokenizer(name, eot)
+def _start_worker(*how: Any) -> None:
+    _set_tokenizer(*how)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

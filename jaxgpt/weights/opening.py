@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.config import GPT2_SIZES, DeviceConfig, Parser, default_config, read_config, resolve
+from jaxgpt.cli import Parser
+from jaxgpt.config import GPT2_SIZES, DeviceConfig, default_config, read_config, resolve
 from jaxgpt.keys import keys
 from jaxgpt.models import ModelConfig, Params, abstract_params, bind, cast_params, roles
 from jaxgpt.run.checkpoint import Checkpoints
