@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--interactive is for one process; start it without the launcher")
         mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         model = open_model(args.out_dir, mesh=mesh, **model_arguments(args))
-        prompts = [encode(model, record["prompt"]) for record in records]
+        prompts = [model.encode(record["prompt"]) for record in records]
         generator = Generator(model.config, model.params, vocab_size=model.tokenizer.vocab_size)
 
         def generate(prompt: list[int], seed: int) -> Chunks:
@@ -127,14 +127,6 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not records:
         raise UserError(f"{args.prompts} holds no prompts; write one a line")
     return records
-
-
-def encode(model: OpenedModel, prompt: str) -> list[int]:
-    """Its tokens. Raises UserError if there are none of the model's."""
-    tokens = model.tokenizer.encode(prompt, special=True)
-    if not tokens or max(tokens) >= model.config.vocab_size:
-        raise UserError(f"start={prompt!r} has no tokens of the model's {model.config.vocab_size}; give another prompt")
-    return tokens
 
 
 def write_samples(
@@ -225,7 +217,7 @@ def converse(
     while True:
         try:
             prompt = input("> ") or "\n"
-            tokens = encode(model, prompt)
+            tokens = model.encode(prompt)
         except UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:

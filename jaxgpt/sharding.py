@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,10 @@ def configure_jax() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     ours = [f for f in XLA_GPU_FLAGS if f.partition("=")[0] not in flags] if has_nvidia_gpu() else []
     os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxgpt", "xla")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxgpt", "xla")
+    except RuntimeError:  # no HOME, and no such user in the system's list: containers
+        cache = Path(tempfile.gettempdir(), f"jaxgpt-{os.getuid()}", "xla")
     # small programs too: a run has a dozen, which take a second or two
     for key, value in (("jax_compilation_cache_dir", str(cache)), ("jax_persistent_cache_min_compile_time_secs", 0)):
         if key.upper() not in os.environ:

@@ -62,6 +62,30 @@ def test_two_processes_stop_together_and_a_sleeper_ends_both(faults, folder):
     faults.stall(folder, timeout=6.0, **SHORT, times=1)
 
 
+def test_a_signal_to_a_process_group_saves(faults, tmp_path):
+    faults.groups(tmp_path, times=1)
+
+
+def test_killed_processes_are_started_again_and_none_outlives_its_launcher(faults, folder):
+    faults.restarts(folder, times=1, **SHORT)
+
+
+def test_two_starts_are_one_run_and_one_refusal(faults, tmp_path):
+    faults.starts(tmp_path, times=1, steps=20)
+
+
+def test_no_line_is_lost_in_a_power_cut(faults, tmp_path):
+    """Where mounting is not to be had, the script says so in one line."""
+    try:
+        faults.power(tmp_path, times=1, steps=80)
+    except (faults.Failed, subprocess.CalledProcessError) as error:
+        assert "loop" in str(error) or "mount" in str(error), error
+
+
+def test_entry_points_end_in_one_line(faults, tmp_path):
+    faults.entries(tmp_path, cases=8)
+
+
 def test_harm_to_a_checkpoint_is_seen(faults, tmp_path):
     faults.corrupt(tmp_path, flips=1, times=2)
 

@@ -2,17 +2,19 @@
 
 import importlib.util
 import os
+import socket
 import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import jax
+import numpy as np
 import pytest
 from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 
-from jaxgpt import UserError
-from jaxgpt.run import launchers, processes
+from jaxgpt import Unavailable, UserError
+from jaxgpt.run import digests, launchers, processes
 from jaxgpt.run.launchers import count_gpus, find_cluster
 from jaxgpt.run.processes import Processes, agree
 
@@ -188,6 +190,58 @@ def test_a_plain_machine_is_alone(connect, monkeypatch):
 def test_visible_gpus_are_counted(visible, gpus):
     assert count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == gpus
     assert count_gpus({"CUDA_VISIBLE_DEVICES": visible, "JAX_PLATFORMS": "cpu"}) == 0
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": 0, "JAX_COORDINATOR_ADDRESS": "host"}, "host is not HOST:PORT"),
+        ({"OMPI_COMM_WORLD_RANK": 0}, "OMPI_COMM_WORLD_SIZE is not set; .* JAX_NUM_PROCESSES=1 to run alone"),
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_PROCID": 0}, "SLURM_STEP_NUM_TASKS is not set"),
+        ({"RANK": 3, "MASTER_ADDR": "a", "MASTER_PORT": 1, "WORLD_SIZE": 2}, "make this process 3 of 2"),
+        ({"RANK": "9" * 5000, "MASTER_ADDR": "a", "MASTER_PORT": 1, "WORLD_SIZE": 2}, "not a number"),
+        (
+            {"RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1, "WORLD_SIZE": 2, "JAX_COORDINATOR_PORT": "x"},
+            "JAX_COORDINATOR_PORT is 'x', not a number",
+        ),
+    ],
+)
+def test_variables_that_are_half_set_are_one_line(connect, variables, message):
+    with pytest.raises(UserError, match=message):
+        connect(variables)
+
+
+def test_a_coordinators_port_that_is_taken_is_one_line():
+    """jaxlib crashed there in 7 of 20 starts."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Unavailable, match=f"port {port}, the coordinator's, cannot be used on this host"):
+            processes._check_port(f"here:{port}")
+    processes._check_port(f"here:{port}")
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    sums = {"a": "0123456789abcdef", "b": "00000000ffffffff"}
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for bad in ([], ["b"], ["a", "b"]):
+
+        def gather(table, bad=bad):
+            other = table.copy()
+            other[[list(sums).index(name) for name in bad]] ^= 1
+            return np.stack([table, table, other])
+
+        monkeypatch.setattr(digests.multihost_utils, "process_allgather", gather)
+        assert digests.differing(sums) == bad
+
+
+def test_numerics_name_what_changes_results_and_leave_out_what_is_each_hosts_own(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true --xla_dump_to=/tmp/x")
+    found = processes.numerics()
+    assert found["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and found["jax"] == jax.__version__
+    with jax.enable_x64(not found["jax_enable_x64"]):
+        assert processes.numerics()["jax_enable_x64"] != found["jax_enable_x64"]
 
 
 def test_start_timeout_must_be_a_number(monkeypatch):

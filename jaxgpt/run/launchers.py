@@ -29,25 +29,27 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
         if not (address := env.get("JAX_COORDINATOR_ADDRESS")):
             hint = "set it to HOST:PORT of process 0"
             raise UserError(f"JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; {hint}")
+        if not re.fullmatch(r".+:\d{1,5}", address):
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is not HOST:PORT of process 0")
         known = {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID")}
         return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
 
     if "RANK" in env and "MASTER_ADDR" in env:
         env = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", **env}  # some set no more than the four of the whole
         port = _number(env, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in env)  # at MASTER_PORT torchrun's agent listens
-        address = f"{env['MASTER_ADDR']}:{env.get('JAX_COORDINATOR_PORT', port)}"
+        address = f"{env['MASTER_ADDR']}:{_port(env, port)}"
         return _cluster(env, (_number(env, name) for name in TORCHRUN), address)
 
     if "OMPI_COMM_WORLD_RANK" in env:
         address = None
         if launcher := re.fullmatch(r"prterun-(.+)-(\d+)@\d+", env.get("PMIX_NAMESPACE", "")):  # Open MPI 5
-            address = f"{launcher[1]}:{env.get('JAX_COORDINATOR_PORT', 61440 + int(launcher[2]) % 4096)}"
+            address = f"{launcher[1]}:{_port(env, 61440 + int(launcher[2][-9:]) % 4096)}"
         return _cluster(env, (_number(env, name) for name in OPEN_MPI), address, "ompi")
 
     if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         count, index, node, local = (_number(env, name) for name in SLURM)
         runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # 8(x2),4 is 8, 8, 4
-        tasks = [int(n) for n, times in runs for _ in range(int(times or 1))]
+        tasks = [int(n[:9]) for n, times in runs for _ in range(int((times or "1")[:6]))] or [1]
         return _cluster(env, (count, index, tasks[min(node, len(tasks) - 1)], local), method="slurm")
 
     if importlib.util.find_spec("libtpu"):
@@ -66,10 +68,16 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
-    if not env.get(name, "").isdecimal():
-        found = f"is {env[name]!r}, not a number" if name in env else "is not set"
-        raise UserError(f"{name} {found}; the launcher's other variables are there: set them all, or none")
+    if not re.fullmatch(r"[0-9]{1,9}", env.get(name, "")):
+        found = f"is {env[name][:80]!r}, not a number" if name in env else "is not set"
+        hint = "set them all, or none, or JAX_NUM_PROCESSES=1 to run alone"
+        raise UserError(f"{name} {found}; the launcher's other variables are there: {hint}")
     return int(env[name])
+
+
+def _port(env: Mapping[str, str], default: int) -> int:
+    """The coordinator's port."""
+    return _number(env, "JAX_COORDINATOR_PORT") if "JAX_COORDINATOR_PORT" in env else default
 
 
 def _cluster(
@@ -79,6 +87,11 @@ def _cluster(
     count, index, here, local = numbers
     if count == 1:
         return None
+    if not (index < count and local < max(here, 1)):
+        raise UserError(
+            f"the launcher's variables make this process {index} of {count}, {local} of {here} on its host; mend them, "
+            "or set JAX_NUM_PROCESSES=1 to run alone"
+        )
     known = {"num_processes": count, "process_id": index, "local_device_ids": _own_gpus(env, here, local)}
     return known | {"coordinator_address": address, "cluster_detection_method": "deactivate" if address else method}
 
@@ -91,7 +104,7 @@ def _own_gpus(env: Mapping[str, str], here: int, local: int) -> list[int] | None
         return None
     if gpus == 1 and "CUDA_VISIBLE_DEVICES" in env:  # the launcher has shared them out
         return [0]
-    share, rest = divmod(gpus, here)
+    share, rest = divmod(gpus, max(here, 1))
     if rest:
         hint = f"start a number that divides {gpus}"
         raise UserError(f"{here} processes cannot share this host's {gpus} GPUs evenly; {hint}")

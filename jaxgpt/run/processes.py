@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import threading
 import time
 import traceback
@@ -118,7 +119,9 @@ def _outlive_no_launcher() -> None:
     try:
         pipe = int(os.environ.get(LAUNCHER, ""))
         os.set_inheritable(pipe, False)
-    except (ValueError, OSError):  # no such launcher; or a process that inherited its variables, not its pipe
+        if pipe < 3 or not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            return
+    except (ValueError, OSError, OverflowError):  # no such launcher; or a process that inherited its variables alone
         return
 
     def wait() -> None:
@@ -205,9 +208,11 @@ def start_timeout() -> float:
     """Seconds to wait for other processes at the start."""
     text = os.environ.get("JAXGPT_START_TIMEOUT", "300")
     try:
-        return float(text)
+        if 0 < float(text) < 1e6:
+            return float(text)
     except ValueError:
-        raise UserError(f"JAXGPT_START_TIMEOUT={text} is not a number of seconds") from None
+        pass
+    raise UserError(f"JAXGPT_START_TIMEOUT={text} is not a number of seconds")
 
 
 def numerics() -> dict[str, Any]:
