@@ -40,6 +40,7 @@ from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
 from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
+from jaxgpt.tools.memory import check_fits
 from jaxgpt.weights.opening import OpenedModel, open_model
 
 SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter
@@ -140,6 +141,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             k = choose_steps_per_call(config, step, flops)
             data.begin(step, progress.samples)
             train_step = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k)).compile()
+            check_fits(train_step, parts, mesh)
             state = making.result() if making else complete_state(state, abstract)
             if not resume:
                 checkpoints.check_replicas(state, step)
