@@ -28,7 +28,7 @@ NORMS = {"layer": (1, 1), "scale": (1, 0), "rms": (1, 0), "bare": (0, 0)}  # of 
 
 
 @pytest.mark.parametrize(
-    ("batch", "k", "o", "bias", "kind", "activation", "branch", "dtype"),
+    ("batch", "k", "o", "bias", "kind", "activation", "residual", "dtype"),
     [
         (1, 16, 12, True, "layer", None, False, "float32"),
         (3, 37, 9, True, None, None, False, "float32"),
@@ -46,19 +46,18 @@ NORMS = {"layer": (1, 1), "scale": (1, 0), "rms": (1, 0), "bare": (0, 0)}  # of 
         (1, 300, 24, False, "bare", None, True, "float16"),
     ],
 )
-def test_product(batch, k, o, bias, kind, activation, branch, dtype):
+def test_product(batch, k, o, bias, kind, activation, residual, dtype):
     rng = np.random.default_rng(batch)
     x, w = normal(rng, batch, k, dtype=dtype), normal(rng, o, k, dtype=dtype)
     b = normal(rng, o, dtype=dtype) if bias else None
-    more = normal(rng, batch, k, dtype=dtype) if branch else None
+    r = normal(rng, batch, o, dtype=dtype) if residual else None
     scale, shift = (normal(rng, k) if there else None for there in NORMS.get(kind, (0, 0)))
     norm = kind and Norm("rms" if kind in ("rms", "bare") else "layer", scale, shift)
     sizes = (o // 3, o - o // 3) if o > 3 else None
-    options = {"branch": more, "norm": norm, "activation": activation, "sizes": sizes}
-    residual, parts = jax.jit(lambda: decode.product(x, w, b, **options))()
+    options = {"norm": norm, "activation": activation, "residual": r, "sizes": sizes}
+    parts = jax.jit(lambda: decode.product(x, w, b, **options))()
     got = np.concatenate([double(part) for part in parts], axis=1)
-    assert (residual == (x + more if branch else x)).all()
-    y = double(residual)
+    y = double(x)
     if norm:
         y = y - (y.mean(1, keepdims=True) if norm.kind == "layer" else 0)
         y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5)
@@ -67,6 +66,7 @@ def test_product(batch, k, o, bias, kind, activation, branch, dtype):
     size = np.abs(want).max()
     if activation:
         want = gelu(want) if activation == "gelu" else np.maximum(want, 0) ** 2
+    want = want + (double(r) if residual else 0)
     # an error of the product passes GELU at most 1.13 times as large, and a square twice its root
     limit = TOLERANCE[dtype] * (max(1, 1.2 * size) if activation != "relu2" else max(1, 2 * size * size))
     assert all(part.dtype == dtype for part in parts) and got.shape == (batch, o)
@@ -102,7 +102,7 @@ def test_attend_past_the_last_slot_stays_inside():
 def test_rows_of_a_batch_are_the_rows_alone(batch):
     rng = np.random.default_rng(batch)
     x, w, norm = normal(rng, batch, 40), normal(rng, 24, 40), Norm("layer", normal(rng, 40), normal(rng, 40))
-    apply = jax.jit(lambda x: decode.product(x, w, norm=norm)[1][0])
+    apply = jax.jit(lambda x: decode.product(x, w, norm=norm)[0])
     together, alone = apply(x), np.concatenate([apply(x[i : i + 1]) for i in range(batch)])
     assert np.abs(together - alone).max() <= 2e-5 * np.abs(alone).max()
 
@@ -110,15 +110,14 @@ def test_rows_of_a_batch_are_the_rows_alone(batch):
 def test_groups_of_rows_share_one_reading_of_x(monkeypatch):
     rng = np.random.default_rng(0)
     x, w, norm = normal(rng, 1, 40), normal(rng, 50, 40), Norm("layer", normal(rng, 40))
-    want = decode.product(x, w, branch=x, norm=norm)
-    monkeypatch.setattr(decode, "_tile", lambda batch, o, k: decode.Tile(4, groups=3))
+    want = decode.product(x, w, norm=norm)[0]
+    monkeypatch.setattr(decode, "_tile", lambda batch, o, k, normalizes: decode.Tile(4, groups=3))
     decode._product.clear_cache()
-    got = decode.product(x, w, branch=x, norm=norm)
-    assert (got[0] == want[0]).all() and np.abs(got[1][0] - want[1][0]).max() <= 1e-5
+    assert np.abs(decode.product(x, w, norm=norm)[0] - want).max() <= 1e-5
 
 
 def test_columns_that_nobody_wants_are_not_written():
     rng = np.random.default_rng(0)
     x, w = normal(rng, 2, 16), normal(rng, 9, 16)
-    _, (got,) = decode.product(x, w, sizes=(7,))
-    assert got.shape == (2, 7) and np.abs(got - decode.product(x, w)[1][0][:, :7]).max() == 0
+    (got,) = decode.product(x, w, sizes=(7,))
+    assert got.shape == (2, 7) and np.abs(got - decode.product(x, w)[0][:, :7]).max() == 0

@@ -18,7 +18,8 @@ from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.ops import fp8
 from jaxgpt.ops.activation import activate, gelu_gradient, gelu_value, relu2_gradient, relu2_value
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
-from jaxgpt.ops.linear import Fast, linear
+from jaxgpt.ops.linear import Fast, add_norm_linear, linear
+from jaxgpt.ops.norm import Norm
 from jaxgpt.step import create_state, make_eval_step, make_train_step
 
 C, F = 128, 512
@@ -84,6 +85,33 @@ def test_the_kernel_is_its_twin(function, dtype, parts, n):
     assert np.mean(np.asarray(q != want)) <= (1e-3 if function in (gelu_value, gelu_gradient) else 0.0)
 
 
+NORMS = [("layer", 1, 1, 1), ("layer", 1, 0, 0), ("rms", 0, 0, 1), ("rms", 1, 0, 1)]
+
+
+@pytest.mark.parametrize("n", [64, 192])
+@pytest.mark.parametrize(("kind", "scale", "bias", "branch"), NORMS)
+def test_a_norm_rounded_in_its_kernel_is_its_twin(kind, scale, bias, branch, n):
+    arrays = [normal(i, 128, n, std=3.0) for i in range(2 if branch else 1)]
+    vectors = [normal(5 + i, n) if there else None for i, there in enumerate((scale, bias))]
+    dys = [normal(8 + i, 128, n) for i in range(2)]
+
+    def run(kernels, arrays, vectors, dys):
+        def f(arrays, vectors):
+            x, q = fp8.add_norm(arrays[0], arrays[1] if branch else None, Norm(kind, *vectors), kernels=kernels)
+            return (x, q.value), q
+
+        y, vjp, q = jax.vjp(f, arrays, vectors, has_aux=True)
+        return y, q, vjp(tuple(dys))
+
+    (y, q, grads), (want, want_q, want_grads) = (
+        jax.jit(run, static_argnums=0)(kernels, arrays, vectors, dys) for kernels in (True, False)
+    )
+    assert (y[0] == want[0]).all() and q.scale == want_q.scale and (q.columns == q.rows.T).all()
+    assert np.mean(np.asarray(q.rows != want_q.rows)) < 1e-4  # statistics that differ by 1e-7 may round otherwise
+    for got, wanted in zip(jax.tree.leaves((y, grads)), jax.tree.leaves((want, want_grads)), strict=True):
+        assert error(got, wanted) < 1e-5
+
+
 def test_large_and_odd_shapes_take_the_twin():
     bf16, small, fits = jnp.bfloat16, fp8.E5M2, fp8.tiles_support
     assert fits(65536, 6400, bf16) and fits(32768, 50304, small) and fits(65536, 4800, bf16, 3)
@@ -97,7 +125,9 @@ def test_large_and_odd_shapes_take_the_twin():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_lowers_for_cuda(dtype):
     def f(x, w_fc, w_proj, table, targets):
-        y = fp8_mlp(x, w_fc, None, w_proj, kernels=True)
+        fast = Fast(kernels=True, fp8=True)
+        x, y = add_norm_linear(x, x, Norm("layer", table[0]), w_fc, activation="gelu", fast=fast)
+        y = x + linear(y, w_proj, fast=fast)
         return linear_cross_entropy(y, table, targets, vocab_size=1200, kernels=True, in_fp8=True)
 
     shapes = ((192, C), dtype), ((C, F), jnp.float32), ((F, C), jnp.float32), ((1280, C), jnp.float32)

@@ -92,16 +92,17 @@ class Attention(nnx.Module):
         self.c_proj = _linear(config, config.n_embd, config.n_embd, 0.02 / math.sqrt(2 * config.n_layer), rngs)
 
     def __call__(self, x, branch, norm: Norm, batch: int, fast: Fast, *, seed=None, docs=None, cache=None):
-        """x + branch and the output for that, (B·T, C) both; the layer's updated (keys, values) if a cache is given."""
+        """The residual stream, this branch (see `linear`'s residual) and the updated (keys, values) of a cache."""
         c = self.config
-        x, qkv = add_norm_linear(x, branch, norm, *_weights(self.c_attn), fast=fast._replace(fp8=False))
+        x, qkv = add_norm_linear(x, branch, norm, *_weights(self.c_attn), fast=fast)
         q, k, v = (y.reshape(batch, -1, c.n_head, c.head_size) for y in qkv)
         if cache is None:
             rate, kernels = 0.0 if seed is None else c.dropout, fast.kernels
             y = attention(q, k, v, implementation=c.attention, rate=rate, seed=seed, docs=docs, kernels=kernels)
         else:
             y, cache = cached_attention(q, k, v, cache, docs=docs, kernels=fast.kernels)
-        return x, linear(y.reshape(x.shape), *_weights(self.c_proj), fast=fast._replace(fp8=False)), cache
+        x, y = linear(y.reshape(x.shape), *_weights(self.c_proj), residual=x, fast=fast)
+        return x, y, cache
 
 
 class MLP(nnx.Module):
@@ -111,9 +112,9 @@ class MLP(nnx.Module):
         self.c_proj = _linear(config, 4 * config.n_embd, config.n_embd, 0.02 / math.sqrt(2 * config.n_layer), rngs)
 
     def __call__(self, x, branch, norm: Norm, fast: Fast):
-        """x + branch and the output for that, (B·T, C) both."""
+        """The residual stream and this branch, (B·T, C) both: see `linear`'s residual."""
         x, y = add_norm_linear(x, branch, norm, *_weights(self.c_fc), activation="gelu", fast=fast)
-        return x, linear(y, *_weights(self.c_proj), fast=fast)
+        return linear(y, *_weights(self.c_proj), residual=x, fast=fast)
 
 
 class Block(nnx.Module):

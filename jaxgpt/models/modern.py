@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         self.value_mix = nnx.Param(jnp.full(2, 0.5)) if has_values else None
 
     def __call__(self, x, branch, embedded, batch: int, fast: Fast, *, seed=None, docs=None, cache=None):
-        """x + branch and the output for that, (B·T, C) both; the layer's updated (keys, values) if a cache is given.
+        """The residual stream, this branch (see `linear`'s residual) and the updated (keys, values) of a cache.
 
         embedded: the tokens' value embeddings (B·T, C), or None.
         """
@@ -140,7 +140,8 @@ class Attention(nnx.Module):
             y = attention(q, k, v, implementation=c.attention, rate=rate, seed=seed, **options)
         else:
             y, cache = cached_attention(q, k, v, cache, **options)
-        return x, linear(y.reshape(x.shape), self.c_proj.kernel[...], fast=fast), cache
+        x, y = linear(y.reshape(x.shape), self.c_proj.kernel[...], residual=x, fast=fast)
+        return x, y, cache
 
     def place(self, x: Float[Array, "B T N H"], start) -> Float[Array, "B T N H"]:
         """Queries or keys normalized and turned by their positions, in float32 and back."""
@@ -156,10 +157,10 @@ class MLP(nnx.Module):
         self.c_proj = _linear(c, 4 * c.n_embd, c.n_embd, back=True, rngs=rngs)
 
     def __call__(self, x, branch, fast: Fast):
-        """x + branch and the output for that, (B·T, C) both."""
+        """The residual stream and this branch, (B·T, C) both: see `linear`'s residual."""
         activation = self.config.activation
         x, y = add_norm_linear(x, branch, RMS, self.c_fc.kernel[...], activation=activation, fast=fast)
-        return x, linear(y, self.c_proj.kernel[...], fast=fast)
+        return linear(y, self.c_proj.kernel[...], residual=x, fast=fast)
 
 
 class Block(nnx.Module):

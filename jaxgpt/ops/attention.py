@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxgpt.ops import decode
 from jaxgpt.ops.dropout import dropout, keep_at
 from jaxgpt.ops.launch import available, exp2, launch, load, store
+from jaxgpt.ops.paths import note
 from jaxgpt.sharding import split_heads
 
 # Of our kernels: queries (or keys) of a program, keys (or queries) for each turn
@@ -47,6 +48,7 @@ def attention(
     if seed is None:
         rate = 0.0
     if implementation == "cudnn" and rate == 0.0:
+        note("attention", "cudnn")
         # a mask with is_causal: cuDNN takes it as a bias, at the cost of its memory
         mask = None if docs is None else (docs[:, None, :, None] == docs[:, None, None, :])
         # is_causal with a window too, or cuDNN's reads the future
@@ -55,7 +57,9 @@ def attention(
         return split_heads(cudnn)(q, k, v)
     plain_mask = docs is None and window is None
     if kernels and rate > 0.0 and supports(q.shape, k.shape[2], q.dtype, plain_mask=plain_mask):
+        note("attention", "kernel")
         return _fused(q, k, v, seed, rate, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    note("attention", "plain")
     t = q.shape[1]
     visible = _visible(jnp.arange(t)[:, None], jnp.arange(t)[None, :], window)
     if docs is not None:
@@ -82,9 +86,11 @@ def cached_attention(
     keys, values, length = cache
     t, s = q.shape[1], keys.shape[1]
     if kernels and t == 1 and docs is None and decode.supports(q.shape[0], q.dtype):
+        note("attention", "kernel")
         new = q[:, 0], k[:, 0], v[:, 0]
         y, keys, values = decode.attend(*new, keys, values, length, window=window, scale=scale)
         return y[:, None], (keys, values)
+    note("attention", "plain")
     keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
     values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
     visible = _visible(length + jnp.arange(t)[:, None], jnp.arange(s)[None, :], window)

@@ -30,18 +30,17 @@ def supports(rows: int, dtype: jax.typing.DTypeLike) -> bool:
 
 # traced and lowered once, not once a layer
 @functools.partial(jax.jit, static_argnames=("kind", "eps", "activation", "sizes", "dtype"))
-def _product(x, w, bias, branch, scale, shift, *, kind, eps, activation, sizes, dtype):
+def _product(x, w, bias, residual, scale, shift, *, kind, eps, activation, sizes, dtype):
     (batch, k), o = x.shape, w.shape[0]
     # tensor cores multiply 16 rows at least; for one row they would be of no use
     rows = 1 if batch == 1 else max(16, pl.next_power_of_2(batch))
-    residual = None
     if kind and (rows > 16 or rows > 1 and k > 1024):  # too much for the registers of each program
-        residual, x = add_norm(x, branch, Norm(kind, scale, shift, eps))
-        kind = branch = scale = shift = None
-    tile = _tile(batch, o, k)
+        x = add_norm(x, None, Norm(kind, scale, shift, eps), kernels=True)[1]
+        kind = scale = shift = None
+    tile = _tile(batch, o, k, kind is not None)
     width = min(256, max(16, pl.next_power_of_2(k)))
     chunks, at_once = pl.cdiv(k, width), batch == 1 or (rows == 16 and k <= 1024)
-    optional = {"bias": bias, "branch": branch, "scale": scale, "shift": shift}
+    optional = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
     given = {name: array for name, array in optional.items() if array is not None}
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
@@ -67,12 +66,19 @@ def _product(x, w, bias, branch, scale, shift, *, kind, eps, activation, sizes, 
         def inputs(source, i):
             return matrix(source, jnp.arange(rows), batch, i)
 
-        def some_rows(j, xs):
-            """Rows j of w in this program's share. Every load comes before the first use: memory answers once."""
+        def some_rows(j, xs: list | None):
+            """Rows j of w in this program's share. Every load comes before the first use: memory answers once.
+
+            The inputs come first: behind w they would arrive last, and their normalization would wait for all of it.
+            """
             row = (program * tile.groups + j) * tile.block + jnp.arange(tile.block)
+            raw = to_normalize() if at_once and xs is None else ()
             ws = [matrix(w_ref, row, o, i) for i in range(chunks)] if at_once else []
             more = load(ref["bias"].at[row], mask=row < o, other=0.0) if bias is not None else None
-            xs = normalized() if at_once and xs is None else xs
+            real = (jnp.arange(rows) < batch)[:, None] & (row < o)[None, :]
+            at = tuple(jnp.broadcast_arrays(jnp.arange(rows)[:, None], row[None, :]))
+            old = load(ref["residual"].at[at], mask=real, other=0.0) if residual is not None else None
+            xs = normalized(*raw) if raw else xs or []
             if batch == 1:
                 products = [a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(xs, ws, strict=True)]
                 y = jnp.sum(functools.reduce(jnp.add, products), axis=1)[None, :]
@@ -84,27 +90,22 @@ def _product(x, w, bias, branch, scale, shift, *, kind, eps, activation, sizes, 
             y = y + more.astype(jnp.float32)[None, :] if more is not None else y
             if activation:
                 y = ACTIVATIONS[activation].value(y, functools.partial(sigmoid, interpret=interpret))
-            real = (jnp.arange(rows) < batch)[:, None]
-            for out, size, end in zip(outs, sizes, ends, strict=False):
+            y = y + old.astype(jnp.float32) if old is not None else y
+            for out, size, end in zip(outs, sizes, ends, strict=True):
                 at = tuple(jnp.broadcast_arrays(jnp.arange(rows)[:, None], (row - (end - size))[None, :]))
-                store(out.at[at], y.astype(out.dtype), mask=real & ((row >= end - size) & (row < end))[None, :])
+                mask = real if len(sizes) == 1 and size == o else real & ((row >= end - size) & (row < end))[None, :]
+                store(out.at[at], y.astype(out.dtype), mask=mask)
 
-        def normalized():
+        def to_normalize():
+            """x, and scale and shift if there are any, in chunks."""
             xs = [inputs(x_ref, i) for i in range(chunks)]
-            if branch is not None:
-                added = [inputs(ref["branch"], i) for i in range(chunks)]
-                xs = [(a + b).astype(x.dtype) for a, b in zip(xs, added, strict=True)]
-
-                @pl.when(program == 0)
-                def _():
-                    for i, total in enumerate(xs):
-                        at, mask = chunk(outs[-1], jnp.arange(rows), batch, i)
-                        store(at, total, mask=mask)
-
-            if kind is None:
-                return xs
             scales = [vector("scale", i) if "scale" in ref else 1.0 for i in range(chunks)]
             shifts = [vector("shift", i) if "shift" in ref else 0.0 for i in range(chunks)]
+            return xs, scales, shifts
+
+        def normalized(xs, scales, shifts):
+            if kind is None:
+                return xs
             xs = [x.astype(jnp.float32) for x in xs]
             if kind == "layer":
                 mean = jnp.sum(functools.reduce(jnp.add, xs), axis=1, keepdims=True) / k
@@ -116,7 +117,7 @@ def _product(x, w, bias, branch, scale, shift, *, kind, eps, activation, sizes, 
         if tile.groups == 1:
             some_rows(0, None)
         else:  # the rows of x are read, and normalized, once for all
-            xs = normalized()
+            xs = normalized(*to_normalize())
             jax.lax.fori_loop(0, tile.groups, lambda j, _: some_rows(j, xs), None)
 
     outs = launch(
@@ -124,12 +125,12 @@ def _product(x, w, bias, branch, scale, shift, *, kind, eps, activation, sizes, 
         x,
         w,
         *given.values(),
-        out=[((batch, size), dtype) for size in sizes] + [(x.shape, x.dtype)] * (branch is not None),
+        out=[((batch, size), dtype) for size in sizes],
         grid=pl.cdiv(o, tile.block * tile.groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return residual if branch is None else outs[-1], tuple(outs[: len(sizes)])
+    return tuple(outs)
 
 
 def product(
@@ -137,22 +138,19 @@ def product(
     w: Float[Array, "O K"],
     bias: Float[Array, " O"] | None = None,
     *,
-    branch: Float[Array, "B K"] | None = None,
     norm: Norm | None = None,
     activation: str | None = None,
+    residual: Float[Array, "B O"] | None = None,
     sizes: Sequence[int] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-) -> tuple[Float[Array, "B K"], tuple[Float[Array, "B _"], ...]]:
-    """x + branch, and activation(norm(x + branch) @ w.T + bias), each part but the product optional.
+) -> tuple[Float[Array, "B _"], ...]:
+    """residual + activation(norm(x) @ w.T + bias), each part but the product optional.
 
-    A branch needs a norm. The result is in `dtype`, by default x's, in parts of the `sizes`, by default one; columns
-    past their sum are left out.
+    In `dtype`, by default x's, in parts of the `sizes`, by default one; columns past their sum are left out.
     """
-    assert branch is None or norm is not None
     scale, shift, kind, eps = (norm.scale, norm.bias, norm.kind, norm.eps) if norm else (None, None, None, 1e-5)
     options = {"kind": kind, "eps": eps, "activation": activation, "sizes": tuple(sizes or w.shape[:1])}
-    residual, y = _product(x, w, bias, branch, scale, shift, dtype=jnp.dtype(dtype or x.dtype), **options)
-    return x if residual is None else residual, y
+    return _product(x, w, bias, residual, scale, shift, dtype=jnp.dtype(dtype or x.dtype), **options)
 
 
 def _dot(x, w):
@@ -168,10 +166,14 @@ class Tile(NamedTuple):
     num_stages: int = 3  # chunks of K on their way at a time, in the loop over K
 
 
-def _tile(batch: int, o: int, k: int) -> Tile:
-    """Small enough programs to fill the GPU, enough of w on its way from memory in each, few enough registers."""
+def _tile(batch: int, o: int, k: int, normalizes: bool) -> Tile:
+    """Small enough programs to fill the GPU, enough of w on its way from memory in each, few enough registers.
+
+    Of those a thread has 255. A row of w takes k / 64 of them, a norm's x, scale and shift five times as many.
+    """
     if batch == 1:  # one warp owns whole rows, so nothing waits for another warp
-        block = next(n for n in (4, 2, 1) if n == 1 or (o >= n * 512 and n * k <= 8192))
+        held = 4096 if normalizes else 8192
+        block = next(n for n in (4, 2, 1) if n == 1 or (o >= n * 512 and n * k <= held))
         return Tile(block, groups=max(1, o // (block * 2048)))
     block = 32 if o > 8192 else 16
     return Tile(block, num_warps=4 if k <= 1024 or batch > 16 else 2, num_stages=6 if batch <= 16 else 3)

@@ -79,6 +79,13 @@ def store(ref, x: Array, **options) -> None:
     triton.store(ref, x, **options)
 
 
+def barrier(interpret: bool) -> None:
+    """All threads of a program wait for each other; what they stored is then seen by all."""
+    if not interpret:
+        assert triton is not None
+        triton.debug_barrier()
+
+
 def exp2(x: Array, scale: float, shift: Array, interpret: bool) -> Array:
     """2 ** (x * scale + shift) in float32, for kernels: two instructions where jnp.exp2 compiles to six.
 

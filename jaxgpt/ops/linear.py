@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxgpt.ops import decode, fp8
 from jaxgpt.ops.activation import activate
 from jaxgpt.ops.norm import Norm, add_norm
+from jaxgpt.ops.paths import note
 
 
 class Fast(NamedTuple):
@@ -33,6 +34,7 @@ def linear(
     b: Float[Array, "*G N"] | None = None,
     *,
     activation: str | None = None,
+    residual: Float[Array, "M N"] | None = None,
     columns: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     fast: Fast = PLAIN,
@@ -41,12 +43,21 @@ def linear(
 
     activation: a key of activation.ACTIVATIONS. In FP8 its result is Quantized: for `linear` alone to read. columns:
     the first so many columns of the result alone, for a w of (K, N).
+
+    residual: the residual stream, to which this is a branch. The result then is the pair (stream, branch) that
+    `add_norm_linear` takes next: with the branch unadded, or, decoding, with it in the stream and None in its place.
     """
-    if isinstance(x, fp8.Quantized) or fast.fp8 and not fast.decode and fp8.supports(x.shape, w.shape):
+    if residual is not None:
+        if _decodes(x, fast):
+            return _decoded(x, None, w, b, activation, dtype, columns, residual), None
+        return residual, linear(x, w, b, activation=activation, columns=columns, dtype=dtype, fast=fast)
+    if isinstance(x, fp8.Quantized) or _in_fp8(x, w, fast):
         assert columns is None and dtype is None
+        note("products", "fp8")
         return fp8.linear(x, w, b, activation=activation, kernels=fast.kernels)
     if _decodes(x, fast):
-        return _decoded(x, None, None, w, b, activation, dtype, columns)[1]
+        return _decoded(x, None, w, b, activation, dtype, columns)
+    note("products", x.dtype.name)
     w = w.astype(x.dtype)
     if w.ndim == 2:
         return _finish(jnp.matmul(x, w, preferred_element_type=dtype), b, activation, fast)[:, :columns]
@@ -70,8 +81,12 @@ def add_norm_linear(
     branch: the previous branch's output, or None. Taking it unadded lets one kernel add and normalize.
     """
     if _decodes(x, fast):
-        return _decoded(x, branch, norm, w, b, activation, None, None)
-    x, y = add_norm(x, branch, norm, kernels=fast.kernels)
+        x = x if branch is None else x + branch
+        return x, _decoded(x, norm, w, b, activation)
+    if _in_fp8(x, w, fast):
+        x, y = fp8.add_norm(x, branch, norm, kernels=fast.kernels)
+    else:
+        x, y = add_norm(x, branch, norm, kernels=fast.kernels)
     return x, linear(y, w, b, activation=activation, fast=fast)
 
 
@@ -80,18 +95,23 @@ def _finish(y, b, activation, fast):
     return activate(y, activation, kernels=fast.kernels) if activation else y
 
 
+def _in_fp8(x, w, fast: Fast) -> bool:
+    return fast.fp8 and not fast.decode and fp8.supports(x.shape, w.shape)
+
+
 def _decodes(x, fast: Fast) -> bool:
-    return fast.decode and fast.kernels and decode.supports(x.shape[0], x.dtype)
+    return not isinstance(x, fp8.Quantized) and fast.decode and fast.kernels and decode.supports(x.shape[0], x.dtype)
 
 
-def _decoded(x, branch, norm, w, b, activation, dtype, columns):
+def _decoded(x, norm, w, b, activation, dtype=None, columns=None, residual=None):
+    note("products", "kernel")
     # weights that are prepared for decoding lie transposed already, and the compiler cancels the two transpositions
     rows = w.astype(x.dtype).reshape(w.shape[0], -1).T
     sizes = (columns or w.shape[-1],) * (1 if w.ndim == 2 else w.shape[1])
     b = None if b is None else b.reshape(-1)
-    options = {"branch": branch, "norm": norm, "activation": activation, "sizes": sizes, "dtype": dtype}
-    residual, ys = decode.product(x, rows, b, **options)
-    return residual, ys[0] if w.ndim == 2 else ys
+    options = {"norm": norm, "activation": activation, "residual": residual, "sizes": sizes, "dtype": dtype}
+    ys = decode.product(x, rows, b, **options)
+    return ys[0] if w.ndim == 2 else ys
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

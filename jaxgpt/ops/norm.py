@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxgpt.ops.launch import available, launch, load, store
+from jaxgpt.ops.paths import note
 
 ROWS = 4  # rows a program handles at a time, one per warp: sums over columns then stay inside a warp
 WIDTH = 256  # columns a warp handles at a time: 8 (16 bytes of bfloat16) per lane
@@ -29,16 +30,18 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
 
-def supports(rows: int) -> bool:
-    """Whether the kernel covers (rows, C) of any C and float dtype: it takes rows four at a time."""
-    return rows % ROWS == 0 and available()
+def supports() -> bool:
+    """Whether there is a kernel: of any shape and float dtype."""
+    return available()
 
 
 def add_norm(
     x: Float[Array, "M C"], branch: Float[Array, "M C"] | None, norm: Norm, *, kernels: bool = False
 ) -> tuple[Float[Array, "M C"], Float[Array, "M C"]]:
     """x + branch (x alone if that is None) and its normalization, both in x's dtype; statistics in float32."""
-    return _add_norm(x, branch, norm.scale, norm.bias, norm.kind, norm.eps, kernels and supports(x.shape[0]))
+    kernels = kernels and supports()
+    note("norm", "kernel" if kernels else "plain")
+    return _add_norm(x, branch, norm.scale, norm.bias, norm.kind, norm.eps, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -47,11 +50,12 @@ def _add_norm(x, branch, scale, bias, kind: str, eps: float, kernel: bool):
 
 
 def _forward(x, branch, scale, bias, kind, eps, kernel):
-    residual, normed = (_add_norm_kernel if kernel else _add_norm_plain)(x, branch, scale, bias, kind, eps)
+    residual, normed = (_add_norm_kernel if kernel else add_norm_plain)(x, branch, scale, bias, kind, eps)
     return (residual, normed), (residual, branch is not None, scale, bias)
 
 
-def _backward(kind, eps, kernel, saved, cotangents):
+def add_norm_gradient(kind, eps, kernel, saved, cotangents):
+    """The gradients of x, branch, scale and bias. saved: the sum, whether there was a branch, scale, bias."""
     residual, has_branch, scale, bias = saved
     d_residual, d_normed = cotangents
     gradient = _gradient_kernel if kernel else _gradient_plain
@@ -64,10 +68,10 @@ def _backward(kind, eps, kernel, saved, cotangents):
     )
 
 
-_add_norm.defvjp(_forward, _backward)
+_add_norm.defvjp(_forward, add_norm_gradient)
 
 
-def _add_norm_plain(x, branch, scale, bias, kind, eps):
+def add_norm_plain(x, branch, scale, bias, kind, eps):
     residual = x if branch is None else x + branch
     y = _normalize(residual, kind, eps)[0]
     y = y if scale is None else y * scale
@@ -97,7 +101,7 @@ def _gradient_plain(residual, d_residual, d_normed, scale, kind, eps, has_bias):
 def _add_norm_kernel(x, branch, scale, bias, kind, eps):
     outs = [(x.shape, x.dtype)] * (1 if branch is None else 2)
     options = {"kind": kind, "eps": eps}
-    normed, *residual = _launch(_norm_forward, [x, branch, scale, bias], outs, x.shape[0] // ROWS, **options)
+    normed, *residual = _launch(_norm_forward, [x, branch, scale, bias], outs, pl.cdiv(x.shape[0], ROWS), **options)
     return x if branch is None else residual[0], normed
 
 
@@ -129,7 +133,7 @@ def _launch(program, arrays, outs, grid, **static):
 
 
 def _norm_forward(x, branch, scale, bias, normed, residual=None, *, kind: str, eps: float):
-    tiles = _Tiles(pl.program_id(0) * ROWS, *x.shape)
+    tiles = _Tiles(pl.program_id(0) * ROWS, *x.shape, bounded=x.shape[0] % ROWS > 0)
     total = tiles.load(x)
     if branch is not None:
         total = [(a + b).astype(x.dtype) for a, b in zip(total, tiles.load(branch), strict=True)]
