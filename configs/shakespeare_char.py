@@ -1,7 +1,7 @@
 """A character-level GPT on Shakespeare: nanoGPT's config/train_shakespeare_char.py, and `:cpu`, its recipe for a CPU.
 
 10.7M parameters, 16,384 tokens a step, 5,000 steps; `:cpu` 0.8M parameters, 768 tokens a step, 2,000 steps. `:fast` and
-`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 600 and 800 steps.
+`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 600 and 640 steps.
 """
 
 from jaxgpt.config import default_config
@@ -62,6 +62,6 @@ def get_config(size: str = "full"):
         c.learning_rate = 0.015
         c.embedding_lr = 0.2
         c.cooldown = 0.8
-        c.eval_interval = 200
-        c.max_iters = c.lr_decay_iters = 800
+        c.eval_interval = 160
+        c.max_iters = c.lr_decay_iters = 640
     return c
