@@ -1,7 +1,7 @@
 """A character-level GPT on Shakespeare: nanoGPT's config/train_shakespeare_char.py, and `:cpu`, its recipe for a CPU.
 
 10.7M parameters, 16,384 tokens a step, 5,000 steps; `:cpu` 0.8M parameters, 768 tokens a step, 2,000 steps. `:fast` and
-`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 600 and 640 steps.
+`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 750 and 640 steps.
 """
 
 from jaxgpt.config import default_config
@@ -54,8 +54,8 @@ def get_config(size: str = "full"):
         c.warmup_iters = 20
         c.value_embeds = 1
         c.n_head = c.n_head // 2
-        c.eval_interval = 100
-        c.max_iters = c.lr_decay_iters = 600
+        c.eval_interval = 150
+        c.max_iters = c.lr_decay_iters = 750
         c.momentum_warmup_iters = 200
     if size == "cpu-fast":
         c.batch_size = 24

@@ -2,6 +2,9 @@
 
     python -m jaxgpt.train --config configs/speedrun.py:d12 --config.data_dir=data/fineweb10b
 
+On one H100 (2026-11-26, jax 0.11.2) nanoGPT's recipe takes 163 s of steps to 3.518 on 26M tokens of prose. d6 reached
+3.452, the mean of three seeds, in 7.1 s, and d12 in FP8 (--config.matmul_dtype=fp8) 3.505 in 16.5 s: docs/speedrun.md.
+
 Rules, from the depth alone: a head of 128 features for every two layers, so a width of 64 to a layer. 32 sequences ×
 1,024 tokens = 32,768 tokens a step. 330 · (12 / depth)^0.6 steps: as many as the loss takes that nanoGPT's recipe ends
 at. Rates do not depend on the size: the updates of Muon, and those of Adam to the tables, are as large in any width.
