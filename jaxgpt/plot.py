@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxgpt import UserError
 from jaxgpt.cli import Parser, run_main
@@ -99,6 +99,7 @@ def draw(panel: Axes, runs: Mapping[str, Rows], x: str, y: str, *, points: int |
             label = {"label": name + style["label"]} if "label" in style else {}
             panel.plot(xs, ys, color=COLORS[i % len(COLORS)], **style | label)
     panel.set(xlabel=X[x][1], ylabel=Y.get(y, y))
+    panel.xaxis.set_major_locator(MaxNLocator(6))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     if y in ("tokens_per_s", "val_ppl"):
         panel.yaxis.set_major_formatter(EngFormatter(sep=""))

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from jaxgpt import UserError, __version__, atomic_write
 from jaxgpt.cli import Parser, run_main
-from jaxgpt.config import default_config, read_config
+from jaxgpt.config import default_config, read_saved
+from jaxgpt.models import BUILT_IN
 from jaxgpt.plot import COLORS, LOSSES, Rows, X, Y, draw, read_metrics, series
 
 PANELS = [  # of each picture: y, x, caption
@@ -31,6 +32,7 @@ PANELS = [  # of each picture: y, x, caption
     ("tokens_per_s", "step", "Throughput"),
     ("grad_norm", "step", "Gradient norm, before clipping"),
 ]
+NO_KEYS = ("model_source", "run_id")  # what config.json holds besides the keys
 POINTS = 400  # in a curve: as many as a narrow picture can show
 
 
@@ -45,6 +47,13 @@ class Run:
     rows: Rows
     samples: list[dict[str, Any]]  # step, prompt, text
     events: list[dict[str, Any]]  # time, step, event, detail
+
+    @property
+    def changed(self) -> set[str]:
+        """Keys that are not at their defaults, and those of a user's model file, which is not executed here."""
+        model = self.config.get("model")
+        defaults = default_config(model if model in BUILT_IN else "gpt2").to_dict()
+        return {key for key, value in self.config.items() if key not in defaults or value != defaults[key]}
 
     @property
     def evaluations(self) -> Rows:
@@ -66,7 +75,7 @@ class Run:
             "perplexity": f"{best['val_ppl']:.2f}" if best.get("val_ppl") else "",
             "bits per byte": f"{best['val_bpb']:.4f}" if best.get("val_bpb") else "",
             "last training loss": f"{losses[-1]:.4f}" if losses else "",
-            "steps": f"{max(row['step'] for row in self.rows):,.0f} of {self.config['max_iters']:,}",
+            "steps": f"{max(row['step'] for row in self.rows):,.0f} of {number(self.config.get('max_iters', '?'))}",
             "tokens": f"{tokens:,.0f}" if tokens else "",
             "time": str(datetime.timedelta(seconds=round(seconds))) if seconds else "",
             "median throughput": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else "",
@@ -88,8 +97,9 @@ def main(argv: Sequence[str]) -> None:
 
 def read_run(folder: Path, color: str = COLORS[0]) -> Run:
     """Raises UserError if the folder holds no run, or none that has logged a loss."""
-    rows, config = read_metrics(folder), read_config(folder).to_dict()
-    environment = json.loads((folder / "config.json").read_text()).get("environment")
+    rows, saved = read_metrics(folder), read_saved(folder)
+    config = {key: saved.get(key) for key in saved if not isinstance(saved[key], dict | list) and key not in NO_KEYS}
+    environment = saved.get("environment")
     samples, events = (read_jsonl(folder / f"{name}.jsonl") for name in ("samples", "events"))
     if not events:  # steps dropped are in metrics.jsonl as well
         events = [{"step": row["step"], "event": "dropped"} for row in rows if "skipped" in row]
@@ -110,7 +120,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page's HTML."""
-    defaults = default_config().to_dict()
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -119,10 +128,9 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         pictures=pictures(runs),
         titles=[title for title in runs[0].result if any(run.result[title] for run in runs)],
-        different=[key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1],
-        changed=[key for key in keys if any(run.config.get(key) != defaults.get(key) for run in runs)],
+        different=[key for key in keys if key != "out_dir" and len({repr(run.config.get(key)) for run in runs}) > 1],
+        changed=[key for key in keys if any(key in run.changed for run in runs)],
         keys=keys,
-        defaults=defaults,
         facts=list(dict.fromkeys(key for run in runs for key in run.environment)),
         version=__version__,
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -133,6 +141,8 @@ def number(value: Any) -> str:
     """A value as tables show it."""
     if value is None:
         return "not finite"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.5g}"
     return str(value)

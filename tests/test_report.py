@@ -77,6 +77,14 @@ def test_what_the_page_says(tmp_path, capsys):
     assert page.text.index("Result") < page.text.index("Curves") < page.text.index("Samples")
 
 
+def test_a_run_of_a_model_file_needs_no_such_file(tmp_path):
+    """Its code is not executed; its own keys are shown."""
+    folder = run(tmp_path / "a", model="gone/mine.py", model_source="raise SystemExit", width_of_mine=7)
+    page = Page(render([read_run(folder)]))
+    assert page.row("width_of_mine") == ["7"] and page.row("model") == ["gone/mine.py"]
+    assert "raise SystemExit" not in page.text
+
+
 def test_it_opens_without_a_network(tmp_path):
     text = render([read_run(run(tmp_path / "a"))])
     links = Page(text).links
