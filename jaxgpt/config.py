@@ -175,6 +175,7 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
     if config.doc_mask and eot is None:
         raise UserError("doc_mask needs an end-of-text token and this corpus has none; set --config.doc_mask=false")
     check_heads(config.n_head, mesh)
+    check_sizes(config, vocab_size)
     model = take(
         find_model(config.model).config,
         config,
@@ -195,6 +196,27 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
     fastest = "cudnn" if cudnn and not config.doc_mask else "xla"
     model = dataclasses.replace(model, attention=fastest if wanted.attention == "auto" else wanted.attention)
     return Parts(model, take(OptimizerConfig, config), take(DataConfig, config), wanted, take(RunConfig, config))
+
+
+def check_sizes(config: ConfigDict, vocab_size: int) -> None:
+    """Raises UserError, by arithmetic, on sizes that no machine holds: to try them takes minutes, or ends in a crash.
+
+    The bounds are some hundred times what has been trained by 2026: 10^13 parameters, 2^31 tokens in a step.
+    """
+    count = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
+    if count > 10**13:
+        raise UserError(
+            f"n_layer={config.n_layer}, n_embd={config.n_embd} and block_size={config.block_size} make about "
+            f"{count:.1e} parameters; choose a smaller model"
+        )
+    rows = config.batch_size * config.gradient_accumulation_steps
+    if rows * config.block_size >= 2**31:
+        raise UserError(
+            f"batch_size={config.batch_size} × gradient_accumulation_steps={config.gradient_accumulation_steps} × "
+            f"block_size={config.block_size} are {rows * config.block_size:.1e} tokens a step; choose fewer"
+        )
+    if (tokens := config.eval_iters * config.batch_size * config.block_size) >= 2**33:
+        raise UserError(f"eval_iters={config.eval_iters} are {tokens:.1e} tokens an evaluation; choose fewer")
 
 
 def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> None:

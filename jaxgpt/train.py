@@ -201,6 +201,8 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             finished = progress.evaluated == config.max_iters
             reporter.event(step, "finished" if finished else "stopped")
             reporter.say("\n".join(next_commands(config, step, progress)))
+        else:
+            reporter.event(step, "save failed", checkpoints.failure)
     if not saved:
         why = checkpoints.failure or "see the other processes' messages"
         raise Unavailable(f"the last checkpoint is not saved in {run} ({why}); mend it and go on with init_from=auto")
@@ -401,6 +403,7 @@ class StepLog:
                 self._reporter.event(step, "dropped", why)
                 self._reporter.record(step, {"skipped": bad})
                 if bad >= self._config.max_bad_steps and not finite:  # spikes end by themselves: see step.Spikes
+                    self._reporter.event(step, "diverged", f"{bad} steps in a row were not finite")
                     raise UserError(
                         f"{bad} steps in a row up to {step} were dropped, their loss, gradient or update not finite; "
                         f"the last good checkpoint is in {self._config.out_dir}: resume with a lower learning_rate",

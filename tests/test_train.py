@@ -396,6 +396,10 @@ MISTAKES = {
     "a preset that asserts": (lambda m: m.preset("assert c.n_layer == 1"), "preset.py: AssertionError"),
     "a preset that raises": (lambda m: m.preset("raise RuntimeError('no such size')"), "preset.py: no such size"),
     "config.json nested deep": (lambda m: m.spoiled("config.json", "[" * 10**5), "config.json is damaged"),
+    "a billion layers": (lambda m: m.run(n_layer=10**9), "n_layer=1000000000 must be below 1001"),
+    "a model that no machine holds": (lambda m: m.run(n_embd=10**9), "make about 1.2e+19 parameters; choose a smaller"),
+    "a step that no machine holds": (lambda m: m.run(batch_size=10**9), "are 1.3e+11 tokens a step; choose fewer"),
+    "an evaluation that never ends": (lambda m: m.run(eval_iters=10**9), "are 1.6e+10 tokens an evaluation"),
     "a rate that overflows": (lambda m: m.run(learning_rate=1e300, min_lr=0), "learning_rate=1e+300"),
     "no such weights": (lambda m: m.run(init_from="nowhere"), "nowhere is neither gpt2, gpt2-medium"),
 }  # fmt: skip

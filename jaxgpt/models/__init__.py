@@ -99,7 +99,7 @@ class ModelConfig:
     make no model.
     """
 
-    n_layer: int = key(12, "transformer blocks")
+    n_layer: int = key(12, "transformer blocks", below=1001)  # each is traced and compiled: more would take hours
     n_head: int = key(12, "attention heads")
     n_embd: int = key(768, "width of the residual stream")
     dropout: float = key(0.0, "dropout rate", below=1)
