@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError, atomic_write, shipped
 from jaxgpt.cli import Parser, boolean, integer, nearest
+from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
 from jaxgpt.models import ModelConfig, find_model
 from jaxgpt.ops import fp8

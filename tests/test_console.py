@@ -73,7 +73,7 @@ def test_a_bug_is_a_traceback():
 
 def test_a_thread_that_never_ends_keeps_a_failed_program_for_half_a_minute():
     """As a library's that waits for a file that will not come; here the half minute is a second."""
-    code = PROGRAM.replace("def main", "import jaxgpt.config, threading\njaxgpt.config.EXIT_S = 1\ndef main").replace(
+    code = PROGRAM.replace("def main", "import jaxgpt.cli, threading\njaxgpt.cli.EXIT_S = 1\ndef main").replace(
         "    if argv", "    threading.Thread(target=threading.Event().wait).start()\n    if argv"
     )
     command = [sys.executable, "-c", code, "UserError('x')"]
