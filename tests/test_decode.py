@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_ops import on_cuda
 
 from jaxgpt.ops import decode
 from jaxgpt.ops.attention import cached_attention
@@ -121,3 +122,18 @@ def test_columns_that_nobody_wants_are_not_written():
     x, w = normal(rng, 2, 16), normal(rng, 9, 16)
     (got,) = decode.product(x, w, sizes=(7,))
     assert got.shape == (2, 7) and np.abs(got - decode.product(x, w)[0][:, :7]).max() == 0
+
+
+@pytest.mark.parametrize("batch", [1, 10, 33])
+@pytest.mark.parametrize(("k", "o", "kind"), [(768, 2304, "layer"), (1600, 6400, "rms"), (6400, 1600, None)])
+def test_it_lowers_for_cuda(batch, k, o, kind):
+    bf16, f32 = jnp.bfloat16, jnp.float32
+
+    def f(x, w, bias, residual, scale):
+        norm = kind and Norm(kind, scale)
+        options = {"norm": norm, "activation": "gelu", "residual": residual, "sizes": (o // 3, o - o // 3)}
+        return decode.product(x, w, bias, **options)
+
+    on_cuda(f, ((batch, k), bf16), ((o, k), bf16), ((o,), f32), ((batch, o), bf16), ((k,), f32))
+    cache, new = ((batch, 300, 2, 64), bf16), ((batch, 2, 64), bf16)
+    on_cuda(decode.attend, ((batch, 4, 64), bf16), new, new, cache, cache, ((), jnp.int32))

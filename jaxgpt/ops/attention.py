@@ -14,7 +14,8 @@ from jaxgpt.ops.launch import available, exp2, launch, load, store
 from jaxgpt.ops.paths import note
 from jaxgpt.sharding import split_heads
 
-# Of our kernels: queries (or keys) of a program, keys (or queries) for each turn
+# Of our kernels: queries (or keys) of a program, keys (or queries) for each turn. A float32 sum of 64 queries and 64
+# features is 32 registers for each of a program's 128 threads; the backward pass holds two, and the operands
 BLOCK, STEP, NUM_WARPS = 64, 32, 4
 LOG2_E = math.log2(math.e)
 

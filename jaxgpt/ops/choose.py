@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int, UInt
 from jaxgpt.ops.dropout import hash_bits
 from jaxgpt.ops.launch import available, launch, load, store
 
-_COLUMNS, _DEPTH, _WARPS = 2048, 4, 32  # of the top-k kernels below, for vocabularies of 2 _DEPTH _COLUMNS ids and more
+# Of the top-k kernels below, for vocabularies of 2 _DEPTH _COLUMNS ids and more. The best of columns are 8 values for
+# each thread of 32 warps. Of top_k=200 a column of 2,048 has four (and so may hide a fifth) once in 140 tokens
+_COLUMNS, _DEPTH, _WARPS = 2048, 4, 32
 
 
 class Rule(NamedTuple):
@@ -25,6 +27,11 @@ class Rule(NamedTuple):
     greedy: bool
     top_k: bool
     top_p: bool
+
+
+def supports(width: int) -> bool:
+    """Whether the kernels cover rows of `width` logits: one program holds a row, and Triton's blocks end at 2^20."""
+    return width <= 2**20 and available()
 
 
 def choose(
@@ -42,7 +49,7 @@ def choose(
 
     Tokens whose logit equals the smallest one kept are kept too, as in nanoGPT. position: the new token's own.
     """
-    kernels = kernels and available()
+    kernels = kernels and supports(logits.shape[1])
     if kernels and rule.top_k and not (rule.greedy or rule.top_p) and rule.vocab_size >= 2 * _DEPTH * _COLUMNS:
         return _top_k_kernel(logits, seeds, position, knobs, rule, out, column)
     noise = logits if rule.greedy else _gumbel(seeds, position, logits.shape[1])

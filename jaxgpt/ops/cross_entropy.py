@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt.ops import fp8
 from jaxgpt.ops.launch import available, exp2, launch, load, log2, sigmoid, store
+from jaxgpt.ops.paths import note
 
 LOG2_E = math.log2(math.e)
 DLOGITS = 2.0**14  # factor of FP8 gradients of logits, which are at most 1
@@ -40,8 +41,17 @@ def linear_cross_entropy(
     of one at a time; it must divide M. in_fp8: the product and its gradients' two in FP8. rare: (first, weight): every
     row of w from `first` on stands for 2^weight tokens with these logits. A target of -1 adds no loss and no gradient.
     """
-    kernels = kernels and available()
+    kernels = kernels and supports(w.shape[0])
+    note("loss", "kernel" if kernels else "plain")
     return _mean_loss(x, w, targets, rare, Rows(vocab_size, softcap, kernels, in_fp8), chunks)
+
+
+def supports(width: int) -> bool:
+    """Whether the kernel covers rows of `width` logits of any dtype: a row must fit the registers of 512 threads.
+
+    Of their 255 each up to 200 hold logits; GPT-2's 50,304 take 98.
+    """
+    return width <= 200 * 512 and available()
 
 
 def sampled_cross_entropy(

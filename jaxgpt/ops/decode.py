@@ -169,7 +169,8 @@ class Tile(NamedTuple):
 def _tile(batch: int, o: int, k: int, normalizes: bool) -> Tile:
     """Small enough programs to fill the GPU, enough of w on its way from memory in each, few enough registers.
 
-    Of those a thread has 255. A row of w takes k / 64 of them, a norm's x, scale and shift five times as many.
+    Of those a thread has 255: a warp's share of a row of w takes k / 64, and of a norm's x, scale and shift k · 5 / 64.
+    An H100 has 132 multiprocessors: 512 programs are four warps for each of them, 2,048 are sixteen.
     """
     if batch == 1:  # one warp owns whole rows, so nothing waits for another warp
         held = 4096 if normalizes else 8192

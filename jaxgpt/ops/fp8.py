@@ -29,8 +29,10 @@ from jaxgpt.ops.paths import note
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MULTIPLE = 64  # of rows and columns, for the kernel; cuBLAS wants 16
 SAMPLED, HEADROOM = 64, 4.0  # every 64th row, or more where these are fewer than 1,024
-TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 4  # of a program that rounds
-NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 64, 128, 4  # of norm_to_fp8's programs and their turns
+# Of a program that rounds. On an H100 ten shapes of 32 to 128 rows and 64 to 256 columns are within 9% of each other
+TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 4
+# Of a program that normalizes as well: 0.187 ms for 65,536 × 768, where 64 × 128 by 4 warps takes 0.208
+NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 64, 256, 8
 
 
 def scale_for(x: Float[Array, "M *N"], dtype, headroom: float = 1.0) -> Float[Array, ""]:
