@@ -256,6 +256,8 @@ def orthogonalize_all(kernels: list[Array], mesh: Mesh | None = None) -> list[Ar
     """
     batches: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
     for i, x in enumerate(kernels):
+        if x.ndim < 2:
+            raise UserError(f"optimizer=muon: a parameter of shape {x.shape} has the role matrix; give it vector")
         matrices = jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[-1]), 1, 0)
         matrices = matrices if x.shape[0] <= x.shape[-1] else matrices.mT
         batches.setdefault(matrices.shape[1:], []).append((i, matrices))

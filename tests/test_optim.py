@@ -289,6 +289,11 @@ def test_singular_values_come_near_one(dtype, within):
     assert values.min() > 0.858 - within and values.max() < 1.142 + within
 
 
+def test_a_vector_is_no_matrix():
+    with pytest.raises(UserError, match=r"a parameter of shape \(3,\) has the role matrix; give it vector"):
+        orthogonalize_all([jnp.ones(3)])
+
+
 def test_a_zero_gradient_stays_zero():
     assert (orthogonalize(jnp.zeros((3, 4, 5))) == 0).all()
 
