@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         for task in tasks:
             scores = {f"{task.name}_{key}": value for key, value in task.run(scorer, params).items()}
             for name, value in {} if args.json else scores.items():
-                print(f"  {name:<20}{value:>12.4f}  {METRICS[name]}", flush=True)
+                print(f"  {name:<20}{value:>12.4f}  {METRICS.get(name, '')}", flush=True)
             results |= scores
         if args.json:
             print(json.dumps({"model": model.source, "step": model.step, **results}))

@@ -161,8 +161,11 @@ def make_optimizer(
     groups = OPTIMIZERS[config.optimizer](config)
 
     def label(role: Role) -> str:
-        (name,) = [name for name, group in groups.items() if group.takes(role)]
-        return name
+        names = [name for name, group in groups.items() if group.takes(role)]
+        if len(names) != 1:
+            found = ", ".join(names) or "none"
+            raise UserError(f"optimizer={config.optimizer}: {role.pattern} is in groups {found}; put it in one")
+        return names[0]
 
     labels = jax.tree.map(label, roles)
     present = set(jax.tree.leaves(labels))

@@ -85,6 +85,8 @@ def cached_attention(
     document, the new tokens' filled in. kernels: use the one for a single new token if `decode.supports` says so.
     """
     keys, values, length = cache
+    if k.shape[2:] != keys.shape[2:]:  # or too few heads would be written, and the others read as zeros
+        raise ValueError(f"keys have (heads, size) {k.shape[2:]} and the cache {keys.shape[2:]}: see empty_cache")
     t, s = q.shape[1], keys.shape[1]
     if kernels and t == 1 and docs is None and decode.supports(q.shape[0], q.dtype):
         note("attention", "kernel")
