@@ -301,6 +301,13 @@ def abstract_params(config: ModelConfig) -> Params:
 def bind(config: ModelConfig, params: Params) -> Any:
     """The module over these parameters (of any float dtype)."""
     graphdef, state = _structure(config)
+    built, given = (
+        {path_name(path) for path, _ in jax.tree.leaves_with_path(x)} for x in (nnx.to_pure_dict(state), params)
+    )
+    if built - given:
+        raise UserError(
+            f"model={config.file.name}: init makes no {min(built - given)}, which build does; make it there"
+        )
     state = jax.tree.map(lambda x: x, state)  # a copy
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
