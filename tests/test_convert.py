@@ -239,9 +239,11 @@ def make_bigram_run(folder: Path, file: Path) -> None:
     file.write_text(BIGRAM)
     model, tokenizer = find_model(str(file)), CharTokenizer("abc \n")
     config = default_config(str(file))
-    config.update(block_size=8, init_std=0.5, max_iters=20, dataset="mine")
+    config.update(
+        block_size=8, init_std=0.5, max_iters=20, dataset="mine", data_dir="/home/me", eval_tasks="x=/home/me"
+    )
     folder.mkdir()
-    save_config(config, folder, model_source=model.source, environment={"jaxgpt": "9.9"})
+    save_config(config, folder, model_source=model.source, environment={"jaxgpt": "9.9", "host": "mine"}, data={})
     write_meta(folder, meta_for(tokenizer, "char"))
     shape = take(model.config, config, vocab_size=tokenizer.vocab_size)
     store = Checkpoints(folder)
@@ -264,7 +266,8 @@ def test_any_model_goes_out_as_safetensors_and_comes_back_to_the_bit(tmp_path, m
         assert other.config == first.config and other.tokenizer.identity == first.tokenizer.identity
         assert other.run_config.init_std == 0.5
     changed = {k for k in first.run_config if first.run_config[k] != back.run_config[k]}
-    assert changed == {"out_dir", "init_from"}
+    assert changed == {"out_dir", "init_from", "data_dir", "eval_tasks"}
+    assert "/home/me" not in Path("out/config.json").read_text() and "host" not in Path("out/config.json").read_text()
     modules = [bind(model.config, model.params) for model in (first, out)]
     tokens = jnp.array([[0, 1, 2, 4]])
     np.testing.assert_array_equal(*[module.logits(module.hidden(tokens)[0]) for module in modules])

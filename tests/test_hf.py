@@ -323,6 +323,8 @@ def test_only_gpt2s_own_vocabulary_is_taken_for_gpt2s(tmp_path, gpt2_files):
     (folder / "merges.txt").unlink()
     (folder / "vocab.json").write_text(json.dumps(ids | {"Ġthe": ids["Ġa"], "Ġa": ids["Ġthe"]}))
     assert tokenizer() == "tokenizer.json"
+    with pytest.raises(UserError, match="vocab.json is not GPT-2's, and there is no tokenizer.json"):
+        _ = open_model(init_from=str(folder), mesh=make_mesh()).tokenizer
     (folder / "vocab.json").write_text("[")
     assert tokenizer() == "tokenizer.json"
 

@@ -22,6 +22,9 @@ UNKNOWN = "[UNK]"  # in no vocabulary: a character without an id is an error, as
 # what a row of metrics.jsonl says of the machine and of single steps, not of the model
 NOT_RESULTS = {"step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "wall_s"}
 
+# keys that name places on this machine, and what an export says in their stead
+PRIVATE = {"out_dir": "out", "data_dir": "", "init_from": "scratch", "eval_tasks": ""}
+
 USE_HF = """```python
 from transformers import pipeline
 
@@ -53,12 +56,17 @@ def write_hf(model: OpenedModel, folder: Path, title: str, dtype: str) -> None:
 def write_safetensors(model: OpenedModel, folder: Path, title: str, dtype: str) -> None:
     """Fills a folder laid out as a run's, with model.safetensors in place of checkpoints: open_model opens it like one.
 
-    Parameters whose role is float32 stay so. Errors as in `write_hf`.
+    config.json is the run's, without what tells of its machine. Parameters whose role is float32 stay so. Errors as in
+    `write_hf`.
     """
     copy_tokenizer(model.meta, model.folder, folder)
     wanted = cast_params(model.config, abstract_params(model.config), dtype)
     save_params(folder / SAFETENSORS, model.params, wanted)
-    (folder / "config.json").write_text(json.dumps(read_saved(model.folder), indent=1) + "\n", encoding="utf-8")
+    saved = read_saved(model.folder)
+    about = {name: value for name, value in saved.get("environment", {}).items() if name not in ("host", "command")}
+    saved = {name: value for name, value in saved.items() if name in model.run_config or name == "model_source"}
+    content = saved | PRIVATE | {"environment": about}
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     write_card(model, folder, title, "jaxgpt", USE_OWN)
 
 

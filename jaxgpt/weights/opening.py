@@ -75,6 +75,16 @@ class OpenedModel:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises UserError if it is not there."""
+        vocabulary = self.folder / "vocab.json"
+        if (
+            vocabulary.is_file()
+            and self.meta.tokenizer.endswith(".json")
+            and not (self.folder / self.meta.tokenizer).is_file()
+        ):
+            raise UserError(
+                f"{vocabulary} is not GPT-2's, and there is no tokenizer.json; write one: in Python, transformers."
+                f"AutoTokenizer.from_pretrained({str(self.folder)!r}).save_pretrained({str(self.folder)!r})"
+            )
         return load_tokenizer(self.meta, self.folder)
 
     @functools.cached_property
