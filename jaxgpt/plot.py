@@ -86,7 +86,8 @@ def plot(*runs: str | os.PathLike, x: str = "step", y: Sequence[str] = ("loss", 
             draw(panel, metrics, x, name)
             panel.set_xlabel("")
         panels[-1].set_xlabel(X[x][1])
-        panels[0].legend(fontsize="small")
+        if panels[0].get_legend_handles_labels()[1]:  # a run that was never evaluated has no line with a name
+            panels[0].legend(fontsize="small")
     return figure
 
 
@@ -96,6 +97,8 @@ def draw(panel: Axes, runs: Mapping[str, Rows], x: str, y: str, *, points: int |
     for i, (name, rows) in enumerate(runs.items()):
         for column, style in styles.items():
             xs, ys = thin(*series(rows, X[x][0], column), points)
+            if not xs:
+                continue
             label = {"label": name + style["label"]} if "label" in style else {}
             panel.plot(xs, ys, color=COLORS[i % len(COLORS)], **style | label)
     panel.set(xlabel=X[x][1], ylabel=Y.get(y, y))
