@@ -148,10 +148,16 @@ class Corpus:
     def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
         """Rows of `width` tokens from the given token offsets; a row may go over from one shard into the next.
 
-        UserError naming file and offset if an id is not below vocab_size.
+        UserError naming file and offset if an id is not below vocab_size, or if a file was cut short meanwhile.
         """
         rows = np.empty((len(starts), width), self.dtype)
         places = [self._locate(start) for start in starts.tolist()]
+        for shard in {shard for shard, _ in places}:
+            if self._maps[shard].size() < len(self._maps[shard]):  # to read beyond its end would be SIGBUS
+                text = (
+                    f"{self.paths[shard]} was cut short while it was read; put it back, and go on with init_from=auto"
+                )
+                raise UserError(text)
         for shard, offset in places if ADVISE else ():
             start = self._headers[shard] + offset * self.dtype.itemsize
             begin, end = start // mmap.PAGESIZE * mmap.PAGESIZE, start + width * self.dtype.itemsize

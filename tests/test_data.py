@@ -613,3 +613,14 @@ def test_prefetch_raises_in_the_consumer_and_stops_cleanly():
         release.set()
         next(slow)
     assert len(made) <= 4 and threading.active_count() == before
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_one_line(tmp_path):
+    """Else the system ends the process by SIGBUS, without a word."""
+    path = tmp_path / "train.bin"
+    np.zeros(10_000, "<u2").tofile(path)
+    corpus = Corpus.open(tmp_path, "train", block_size=8, vocab_size=1)
+    assert corpus.read(np.array([9_000]), 8).shape == (1, 8)
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match="train.bin was cut short while it was read; put it back and go on with"):
+        corpus.read(np.array([9_000]), 8)

@@ -276,7 +276,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._timeout:
             if sentinel.available():
-                self._sentinel = sentinel.Sentinel(Exit.STALLED, LINGER_S if jax.distributed.is_initialized() else 0.0)
+                self._sentinel = sentinel.Sentinel(Exit.STALLED, LINGER_S)
             self._thread.start()
         return self
 

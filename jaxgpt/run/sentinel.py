@@ -49,7 +49,10 @@ os.write(1, b"x")
 
 
 class Sentinel:
-    """The child process that watches this one. `allow` starts it or gives more time; `close` ends it."""
+    """The child process that watches this one. `allow` starts its clock or gives more time; `close` ends it.
+
+    status: with which this process then ends. linger: seconds before, for the stacks, and for others that wait for it.
+    """
 
     def __init__(self, status: int, linger: float):
         number = signal.SIGRTMAX - 1  # one that nobody uses
