@@ -198,6 +198,33 @@ def test_what_is_printed(arguments, tmp_path, capsys):
     assert f"resuming at step 8 of 9, in {tmp_path / 'run'}" in capsys.readouterr().out
 
 
+def test_what_a_run_tells_of_itself(arguments, tmp_path, capsys):
+    """Saves, samples and what comes next, on the console and in its folder; sampling changes no training."""
+    run = tmp_path / "run"
+    options = dict(sample_interval=2, sample_prompt="the ", eval_interval=4)
+    main(arguments(run, **options, max_iters=6))
+    out = capsys.readouterr().out
+    assert "step 4: evaluating\n" in out and "step 4: saved, the best so far\n" in out  # no terminal, so no bar
+    assert re.search(rf"^finished; the best val loss was .*\n.*sample --out_dir={run}\n.*\n.*report {run}$", out, re.M)
+
+    def lines(name):
+        return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+    samples = lines("samples.jsonl")
+    assert [row["step"] for row in samples] == [2, 4, 6] and all(row["text"].startswith("the ") for row in samples)
+    main(arguments(run, **options, init_from="resume"))
+    assert lines("samples.jsonl")[:3] == samples and lines("samples.jsonl")[3]["step"] == 8  # each step once
+    events = [(row["step"], row["event"]) for row in lines("events.jsonl")]
+    assert [event for event in events if event[1] != "saved"] == [
+        (0, "started"), (6, "finished"), (6, "resumed"), (8, "finished")
+    ]  # fmt: skip
+    assert {step for step, event in events if event == "saved"} == {4, 6, 8}
+    seconds = [row["wall_s"] for row in rows(run)]
+    assert seconds == sorted(seconds) and rows(run)[-1]["tokens"] == 8 * 128
+    main(arguments(tmp_path / "other", eval_interval=4, max_iters=6))
+    assert logged(tmp_path / "other") == {step: row for step, row in logged(run).items() if step <= 6}
+
+
 def test_auto_begins_where_there_is_nothing(finished, arguments, tmp_path):
     main(arguments(tmp_path / "run", init_from="auto"))
     assert logged(tmp_path / "run") == logged(finished)
