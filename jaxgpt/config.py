@@ -61,9 +61,7 @@ class DeviceConfig:
         "of the computation; auto: bfloat16 where it is fast",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
-    matmul_dtype: str = key(
-        "auto", "fp8: the products of the MLP and the vocabulary in training", choices=("auto", "fp8")
-    )
+    matmul_dtype: str = key("auto", "fp8: products with weights in training", choices=("auto", "fp8"))
     attention: str = key("auto", "implementation of attention", choices=("auto", "cudnn", "xla"))
     kernels: str = key("auto", "fast paths of jaxgpt/ops where they apply", choices=("auto", "on", "off"))
     remat: str = key(

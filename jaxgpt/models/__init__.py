@@ -111,7 +111,7 @@ class ModelConfig:
     attention: str = "xla"  # xla | cudnn
     kernels: bool = False  # the fast paths of jaxgpt/ops where they support the case
     remat: str = "none"  # none | block: recompute each block in the backward pass
-    matmul_dtype: str = "auto"  # auto: dtype | fp8: 8 bits in the products of the MLP and of the vocabulary
+    matmul_dtype: str = "auto"  # auto: dtype | fp8: 8 bits in products with weights
     doc_mask: int = -1  # this token ends a document and attention does not cross it; -1: no boundaries
 
     ROLES: ClassVar[tuple[Role, ...]]
