@@ -40,7 +40,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults behind each help text, but for those that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default in ("", argparse.SUPPRESS) or action.nargs == 0
+        silent = action.default is None or action.default in ("", [], argparse.SUPPRESS) or action.nargs == 0
         if silent or not action.option_strings:
             return action.help
         shown = str(action.default).replace("%", "%%")
