@@ -66,7 +66,8 @@ def import_model(model: OpenedModel, out_dir: Path, known: Mapping[str, Any]) ->
     known: what else there is to say of the model, for the checkpoint's record.
     """
     with new_folder(out_dir) as folder:
-        model.run_config.update(out_dir=str(out_dir), init_from=model.source)
+        # an average of the parameters, if the run had one, is what its parameters are from here on
+        model.run_config.update(out_dir=str(out_dir), init_from=model.source, average_decay=0.0)
         save_config(model.run_config, folder, model_source=find_model(model.run_config.model).source)
         copy_tokenizer(model.language, model.folder, folder)
         checkpoints = Checkpoints(folder)

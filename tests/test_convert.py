@@ -273,6 +273,30 @@ def test_any_model_goes_out_as_safetensors_and_comes_back_to_the_bit(tmp_path, m
     np.testing.assert_array_equal(*[module.logits(module.hidden(tokens)[0]) for module in modules])
 
 
+def test_a_runs_average_is_what_goes_out(tmp_path, monkeypatch):
+    """Also where its newest checkpoint is older than the average: then its parameters."""
+    monkeypatch.chdir(tmp_path)
+    config = make_run(Path("run"), CharTokenizer("abc"), "char", bias=True, checkpoints=())
+    keys = default_config()
+    keys.update({name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")})
+    keys.average_decay = 0.9
+    save_config(keys, Path("run"))
+    params, average = (init_params(config, jax.random.key(i)) for i in (0, 1))
+    store = Checkpoints("run")
+    for step, state in (1, {"params": params}), (2, {"params": params, "average": average}):
+        store.save(step, state, {})
+        assert store.wait()
+    for step, expected in (1, params), (2, average):
+        assert_equal(open_model("run", mesh=make_mesh(), dtype="float32", which=step).params, expected)
+        convert.main(["--out_dir=run", f"--checkpoint={step}", f"--to_safetensors=out{step}"])
+        convert.main([f"--from_safetensors=out{step}", f"--out_dir=back{step}"])
+        assert_equal(open_model(f"back{step}", mesh=make_mesh(), dtype="float32").params, expected)
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_what_computes_in_float32_stays_so_in_bfloat16(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_bigram_run(Path("run"), Path("mine.py"))

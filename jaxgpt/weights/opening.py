@@ -19,6 +19,7 @@ from jaxgpt.keys import keys
 from jaxgpt.models import ModelConfig, Params, abstract_params, bind, cast_params, roles
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
+from jaxgpt.step import OPTIONAL
 from jaxgpt.tokenizer import Meta, Tokenizer, check_same_language, corpus_meta, identified, load_tokenizer
 from jaxgpt.weights import hf
 from jaxgpt.weights.files import ParamsFile, read_json
@@ -75,12 +76,8 @@ class OpenedModel:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises UserError if it is not there."""
-        vocabulary = self.folder / "vocab.json"
-        if (
-            vocabulary.is_file()
-            and self.meta.tokenizer.endswith(".json")
-            and not (self.folder / self.meta.tokenizer).is_file()
-        ):
+        vocabulary, own = self.folder / "vocab.json", self.folder / self.meta.tokenizer
+        if own.suffix == ".json" and not own.is_file() and vocabulary.is_file():
             raise UserError(
                 f"{vocabulary} is not GPT-2's, and there is no tokenizer.json; write one: in Python, transformers."
                 f"AutoTokenizer.from_pretrained({str(self.folder)!r}).save_pretrained({str(self.folder)!r})"
@@ -97,7 +94,10 @@ class OpenedModel:
         wanted, stored = placed_params(self.config, self.mesh), placed_params(stored_config, self.mesh)
         if self.weights is None:
             field = "average" if self.run_config.average_decay else "params"
-            state, self.info, self.step = Checkpoints(self.folder).restore({field: stored}, self.which)
+            checkpoints = Checkpoints(self.folder)
+            state, self.info, self.step = checkpoints.restore({field: stored}, self.which, optional=OPTIONAL)
+            if state[field] is None:  # saved before the run had an average
+                field, (state, _, _) = "params", checkpoints.restore({"params": stored}, self.step)
             params = cast_params(self.config, state[field], self.param_dtype)
         else:
             stored = cast_params(self.config, stored, self.param_dtype)
