@@ -173,24 +173,22 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
         super().__init__()
         self._library = optional("gigatoken", "jaxgpt[fast]", "--fast")
         self._left, self._fast = 0, None  # characters until it is made anew
+        tokens = map(self._bpe.decode_single_token_bytes, range(self.vocab_size - 1))  # ordinary text never becomes eot
+        self._ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
 
     def encode_array(self, text: str, before: str = "", after: str = "") -> UInt[np.ndarray, " n"]:
         if self._fast is None or self._left <= 0:
             self._fast = None  # its memory goes before the next takes some
-            self._left, self._fast = self.RENEW_AFTER, self._renewed()
+            self._left = self.RENEW_AFTER
+            with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file alone
+                path = Path(folder, "gpt2.tiktoken")
+                path.write_bytes(self._ranks)
+                self._fast = self._library.Tokenizer.from_tiktoken(path, "gpt2", {}).backend
         self._left -= len(text)
         try:
             return self._fast.encode(text)
         except TypeError:  # a lone surrogate
             return super().encode_array(text)
-
-    def _renewed(self) -> Any:
-        with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file alone
-            path = Path(folder, "gpt2.tiktoken")
-            with open(path, "wb") as f:
-                for i in range(self.vocab_size - 1):  # all but the end of text, which ordinary text never becomes
-                    f.write(b"%s %d\n" % (base64.b64encode(self._bpe.decode_single_token_bytes(i)), i))
-            return self._library.Tokenizer.from_tiktoken(path, "gpt2", {}).backend
 
 
 class JsonTokenizer(Tokenizer):

@@ -1,4 +1,4 @@
-"""Measures the data side: the pipeline against nanoGPT's, and the reader. Figures are in docs/ and README.md.
+"""Measures the data side: the pipeline against nanoGPT's, and the reader. Figures are in docs/data.md.
 
 python scripts/bench_data.py pipeline --text FILE.parquet --nanogpt DIR   # DIR: a checkout of karpathy/nanoGPT
 python scripts/bench_data.py reader
@@ -43,23 +43,32 @@ def main(argv: Sequence[str]) -> None:
         return
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            ours, theirs = Path(folder, "ours"), Path(folder, "theirs")
+            theirs = Path(folder, "theirs")
             theirs.mkdir()
             script = theirs / "prepare.py"
             source = (args.nanogpt / "data/openwebtext/prepare.py").read_text()
             # in 1,024 batches it fails on a validation split of fewer documents
             script.write_text(source.replace("total_batches = 1024", "total_batches = 16"))
-            arguments = ["--input", str(args.text), "--out_dir", str(ours)]
-            figures: dict[str, Any] = {
-                "nanogpt": timed(["-c", NANOGPT, str(args.text), str(script)]),
-                "jaxgpt": timed([str(ROOT / "data/openwebtext/prepare.py"), *arguments]),
-            }
-            for split in ("train", "val"):
-                tokens = [np.fromfile(path, np.uint16) for path in sorted(ours.glob(f"{split}_*.bin"))]
-                assert np.array_equal(np.concatenate(tokens), np.fromfile(theirs / f"{split}.bin", np.uint16)), split
+            ours = {name: Path(folder, name) for name in ("jaxgpt", "jaxgpt --fast", "text --fast")}
+            owt, text = (str(ROOT / "data" / name / "prepare.py") for name in ("openwebtext", "text"))
+            figures: dict[str, Any] = {"nanogpt": timed(["-c", NANOGPT, str(args.text), str(script)])}
+            for name, out in ours.items():
+                inputs = [text, str(args.text)] if name.startswith("text") else [owt, "--input", str(args.text)]
+                figures[name] = timed([*inputs, "--out_dir", str(out), *["--fast"] * name.endswith("--fast")])
+            for name, out in ours.items():
+                found = {split: tokens_of(out, f"{split}_*.bin") for split in ("train", "val")}
+                wanted = {split: tokens_of(theirs, f"{split}.bin") for split in found}
+                if name.startswith("text"):  # other documents for validation: the same tokens in all
+                    found, wanted = ({"all": np.bincount(np.concatenate([*x.values()]))} for x in (found, wanted))
+                for split in found:
+                    assert np.array_equal(found[split], wanted[split]), (name, split)
         for key in ("wall_s", "cpu_s"):
-            figures[f"{key} ratio"] = round(figures["nanogpt"][key] / figures["jaxgpt"][key], 2)
+            figures[f"{key} ratios"] = {name: round(figures["nanogpt"][key] / figures[name][key], 2) for name in ours}
         print(json.dumps(figures))
+
+
+def tokens_of(folder: Path, names: str) -> np.ndarray:
+    return np.concatenate([np.fromfile(path, np.uint16) for path in sorted(folder.glob(names))])
 
 
 def timed(arguments: Sequence[str]) -> dict[str, float]:
@@ -82,7 +91,7 @@ def timed(arguments: Sequence[str]) -> dict[str, float]:
             raise UserError(f"{arguments} failed: {Path(home, 'log').read_text()[-500:]}")
         after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"wall_s": round(time.monotonic() - began, 1), "cpu_s": round(cpu, 1), "peak_mb": peak // 1_000_000}
+    return {"wall_s": round(time.monotonic() - began, 2), "cpu_s": round(cpu, 2), "peak_mb": peak // 1_000_000}
 
 
 def reader(gigabytes: float = 2.0, block_size: int = 1024, rows: int = 480) -> dict[str, float]:

@@ -197,6 +197,16 @@ def test_folders_of_text_files(gpt2_files, tmp_path):
     assert sorted(val + train, key=int) == [str(i) for i in range(100)] and 20 < len(val) < 40
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fast(jsonl, expected, tmp_path, workers):
+    build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", workers=workers, fast=True)
+    for split in ("train", "val"):
+        assert tokens_of(tmp_path / "out", split) == expected[split]
+    build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", workers=1)  # finds the same corpus
+    with pytest.raises(UserError, match="--fast is for GPT-2's tokens"):
+        build(Files([str(jsonl)]), tmp_path / "other", tokenizer="t.json", fast=True)
+
+
 def test_other_tokenizers(jsonl, tmp_path):
     """A tokenizer.json of more than 65,536 tokens: uint32, and the file goes with the corpus."""
     words = sorted({word for text in DOCUMENTS for word in text.split()})

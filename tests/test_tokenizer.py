@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxgpt.tokenizer import (
     GPT2_IDENTITY,
     PROGRESS,
     CharTokenizer,
+    FastGPT2Tokenizer,
     GPT2Tokenizer,
     JsonTokenizer,
     Meta,
@@ -182,6 +184,36 @@ def test_json_tokenizer_names_its_end(json_file, tmp_path):
         load_tokenizer(Meta(10, "other.json"), tmp_path)
     with pytest.raises(UserError, match="prepare the corpus again"):
         load_tokenizer(Meta(10, "tokenizer.json"), json_file.parent)
+
+
+PIECES = [" ", "  ", "\n", "\r\n", "\t", "\xa0", "\u3000", "\x1c", "\x85", "\u200b", "'s", "'S", "'re", "'ll", "'", "7",
+          "²", "é", "語", "🙂", ".", "<|endoftext|>", "!?", "\u0301", "\u2028", "ⅷ", "\0", "\ufeff", "ǅ", "_", "٣",
+          "\ud83d"]  # fmt: skip
+MIXED = st.lists(st.sampled_from(PIECES) | st.characters() | st.text("ab ", max_size=9), max_size=60).map("".join)
+
+
+@given(MIXED)
+@settings(max_examples=2000)
+def test_the_fast_tokens_are_the_same(fast, text):
+    assert fast.encode_array(text).tolist() == gpt2().encode_array(text).tolist()
+
+
+@pytest.fixture(scope="module")
+def fast(gpt2_files) -> FastGPT2Tokenizer:
+    return FastGPT2Tokenizer()
+
+
+def test_the_fast_tokenizer_is_made_anew(fast, monkeypatch):
+    """After so many characters, and it goes on with the same tokens."""
+    monkeypatch.setattr(FastGPT2Tokenizer, "RENEW_AFTER", 50)
+    fast._left, before = 0, fast._fast
+    for text in (PROSE, "short", PROSE):
+        assert fast.encode_array(text).tolist() == gpt2().encode(text)
+        assert fast._fast is not before
+        before = fast._fast if fast._left <= 0 else None
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(UserError, match=r"--fast needs gigatoken; run: pip install 'jaxgpt\[fast\]'"):
+        FastGPT2Tokenizer()
 
 
 def test_unknown_characters_are_named():

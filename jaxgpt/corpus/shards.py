@@ -70,7 +70,9 @@ def build(
     little text for both splits, of which nothing is kept.
     """
     out = local_path(out_dir)
-    workers = int(getattr(os, "process_cpu_count", os.cpu_count)() or 1) if workers is None else workers
+    if workers is None:  # the fast tokenizer keeps up with the process that reads, so half of them would wait
+        cores = int(getattr(os, "process_cpu_count", os.cpu_count)() or 1)
+        workers = max(1, cores // 2) if fast else cores
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"shard_tokens={shard_tokens} and workers={workers} must be at least 1")
     bpe, name = make_tokenizer(tokenizer, eot, fast), "gpt2"
