@@ -30,6 +30,7 @@ from jaxgpt.data import RunData, check_same_corpora, corpus_folders, prefetch
 from jaxgpt.keys import take
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
 from jaxgpt.models import count_params, find_model
+from jaxgpt.ops import paths
 from jaxgpt.run import guard
 from jaxgpt.run.checkpoint import Checkpoints, run_id
 from jaxgpt.run.processes import Processes, agree, numerics
@@ -140,7 +141,9 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             flops = data.tokens_per_step * parts.model.flops_per_token(abstract.params)
             k = choose_steps_per_call(config, step, flops)
             data.begin(step, progress.samples)
-            train_step = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k)).compile()
+            with paths.watch() as taken:
+                lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k))
+            train_step = lowered.compile()
             check_fits(train_step, parts, mesh)
             state = making.result() if making else complete_state(state, abstract)
             if not resume:
@@ -160,7 +163,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             )
             agree("compiled", {})
         batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
-        reporter.say("\n".join([*describe(parts, mesh, data, abstract, step), *changes]))
+        reporter.say("\n".join([*describe(parts, mesh, data, abstract, step, taken), *changes]))
         reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
         checkpoints.on_save = reporter.saved
         log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
@@ -348,27 +351,24 @@ def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) 
     return max(k for k in range(1, 101) if common % k == 0 and (k == 1 or k * step_s <= 0.05))
 
 
-def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: int) -> list[str]:
-    """What is about to run, for people."""
+def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: int, taken: paths.Paths) -> list[str]:
+    """What is about to run, for people. taken: the paths that the step's ops took, fast or plain."""
     model, run = parts.model, parts.run
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    fused = "fused" if model.kernels else "plain"
     lines = [
         f"{count_params(model, state.params):,} parameters, {data.tokens_per_step:,} tokens per step, "
         f"{data.micro_steps} micro-steps",
         f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {shape}, {model.dtype}",
-        f"attention by {model.attention}, {fused} kernels{memory_limit()}",
+        f"{paths.describe(taken)}{memory_limit()}",
         f"{'resuming at' if step else 'starting at'} step {step} of {parts.optimizer.max_iters}, in {run.out_dir}",
     ]
-    if jax.default_backend() == "gpu" and (model.attention != "cudnn" or not model.kernels):
-        lines.insert(3, "warning: the fastest attention or kernels do not apply to this GPU, dtype, dropout or mesh")
     return lines
 
 
 def memory_limit() -> str:
     """How much of a device's memory arrays may take, where it tells."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return f", up to {limit / 2**30:.1f} GiB of a device's memory" if limit else ""
+    return f", up to {limit / 2**30:.1f} GiB a device" if limit else ""
 
 
 class StepLog:

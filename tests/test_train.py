@@ -187,7 +187,7 @@ def test_what_is_printed(arguments, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "2,880 parameters" not in out and "128 tokens per step, 1 micro-steps" in out
-    assert "mesh data=8 × fsdp=1 × tensor=1, float32\nattention by xla, plain kernels" in out
+    assert "tensor=1, float32\nattention: plain · loss: plain · norm: plain · products: float32\n" in out
     assert f"starting at step 0 of 8, in {tmp_path / 'run'}" in out
     number = r"\d\.\d{4}"
     steps = re.findall(rf"^step (\d+): train loss {number}, val loss {number}$", out, re.MULTILINE)
