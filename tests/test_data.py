@@ -622,5 +622,5 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_one_line(tmp_path):
     corpus = Corpus.open(tmp_path, "train", block_size=8, vocab_size=1)
     assert corpus.read(np.array([9_000]), 8).shape == (1, 8)
     os.truncate(path, 100)
-    with pytest.raises(UserError, match="train.bin was cut short while it was read; put it back and go on with"):
+    with pytest.raises(UserError, match="train.bin was cut short while it was read; put it back, and go on with"):
         corpus.read(np.array([9_000]), 8)
