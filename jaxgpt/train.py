@@ -94,7 +94,7 @@ class Prepared(NamedTuple):
     parts: Parts
     abstract: TrainState
     evaluate: Evaluation
-    write_sample: Samples
+    write_sample: Samples | None  # where sample_interval asks for text
 
 
 def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, checkpoints: Checkpoints) -> Prepared:
@@ -108,7 +108,9 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
         check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
     agree("data", data.facts())
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
-    evaluate, write_sample = Evaluation(parts, data, mesh), Samples(parts, data.tokenizer, mesh)
+    evaluate = Evaluation(parts, data, mesh)
+    # tokens alone can be trained on: the tokenizer is loaded where text is asked for
+    write_sample = Samples(parts, data.tokenizer, mesh) if config.sample_interval else None
     abstract = abstract_state(parts, mesh)
     return Prepared(config, changes, resume, weights, data, parts, abstract, evaluate, write_sample)
 
@@ -187,7 +189,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
                     progress = progress.after(step, scores["val_loss"])
                     if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
                         save()
-            if config.sample_interval and step and step % config.sample_interval == 0:
+            if write_sample and step and step % config.sample_interval == 0:
                 log.flush()
                 with watchdog.allow("sample", SLOW_LIMIT_S):
                     reporter.sample(step, config.sample_prompt, write_sample(state.best_params))

@@ -225,6 +225,13 @@ def test_what_a_run_tells_of_itself(arguments, tmp_path, capsys):
     assert logged(tmp_path / "other") == {step: row for step, row in logged(run).items() if step <= 6}
 
 
+def test_training_needs_no_tokenizer(arguments, tmp_path, monkeypatch):
+    """Tokens of a vocabulary that cannot be fetched, or of one that nobody knows, are trained on all the same."""
+    unreachable = property(lambda data: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr("jaxgpt.data.RunData.tokenizer", unreachable)
+    assert main(arguments(tmp_path / "run", max_iters=3)) == 0
+
+
 def test_auto_begins_where_there_is_nothing(finished, arguments, tmp_path):
     main(arguments(tmp_path / "run", init_from="auto"))
     assert logged(tmp_path / "run") == logged(finished)
