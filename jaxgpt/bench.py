@@ -21,7 +21,7 @@ from jaxgpt.keys import take
 from jaxgpt.metrics import Stopwatch, environment, peak_memory_gib
 from jaxgpt.models import count_params, init_params
 from jaxgpt.run.processes import Processes
-from jaxgpt.sharding import configure_jax, make_mesh
+from jaxgpt.sharding import configure_jax, configured_mesh
 from jaxgpt.step import abstract_state, begin_state, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 from jaxgpt.tools.profile import least_work, profile_table
@@ -58,7 +58,7 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     start = time.perf_counter()
     if profile and jax.default_backend() != "gpu":
         raise UserError("--profile needs a GPU")
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    mesh = configured_mesh(config)
     data = RunData(take(DataConfig, config), config.block_size, mesh)
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     making = begin_state(parts, mesh)
@@ -130,7 +130,7 @@ def time_steps(train_step: Callable, state: Any, batches: Iterable[Any]) -> tupl
 
 def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> dict[str, Any]:
     """Tokens/s of random weights writing num_samples × max_new_tokens tokens from one (top-k 200): median of five."""
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    mesh = configured_mesh(config)
     model = resolve(config, mesh, GPT2_VOCAB_SIZE).model
     begin = time.perf_counter()
     # as `sample` opens a model: made in the dtype it computes in
@@ -154,7 +154,7 @@ def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> d
 
 def bench_data(config: ConfigDict, steps: int) -> dict[str, Any]:
     """Tokens/s that the reader alone supplies, after one pass over the same steps to fill the page cache."""
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    mesh = configured_mesh(config)
     data = RunData(take(DataConfig, config), config.block_size, mesh)
     times = []
     for step in [*range(steps), *range(steps)]:

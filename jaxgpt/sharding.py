@@ -102,6 +102,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def configured_mesh(config: Any, devices: Sequence | None = None) -> Mesh:
+    """The mesh of a config's keys mesh_AXIS (config.DeviceConfig). Raises UserError as make_mesh."""
+    return make_mesh(*(config[f"mesh_{axis}"] for axis in AXES), devices=devices)
+
+
 def data_shards(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,7 +1,6 @@
 """Train a model: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
 
 import math
-import os
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from jaxgpt import Unavailable, UserError, console, local_path
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import (
-    DataConfig,
     Parts,
     parse_config,
     read_config,
@@ -26,8 +24,7 @@ from jaxgpt.config import (
     resumed_config,
     save_config,
 )
-from jaxgpt.data import RunData, check_same_corpora, corpus_folders, prefetch
-from jaxgpt.keys import take
+from jaxgpt.data import RunData, check_same_corpora, prefetch
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
 from jaxgpt.models import count_params, find_model
 from jaxgpt.ops import paths
@@ -37,12 +34,12 @@ from jaxgpt.run.processes import Processes, agree, numerics
 from jaxgpt.scoring.evaluation import Evaluation
 from jaxgpt.scoring.samples import Samples
 from jaxgpt.scoring.tasks import parse_tasks
-from jaxgpt.sharding import configure_jax, make_mesh
+from jaxgpt.sharding import configure_jax, configured_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
 from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.tools.memory import check_fits
-from jaxgpt.weights.opening import OpenedModel, open_model
+from jaxgpt.weights.opening import OpenedModel, check_data, open_data, open_weights
 
 SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter
 
@@ -102,6 +99,7 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
     resume, config, changes = decide_resume(config, given, checkpoints)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
     data = open_data(config, mesh, weights)
+    check_data(config, data.meta, weights)
     if resume:
         check_same_corpora(read_saved(Path(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
         ours, corpus = corpus_meta(config.out_dir, data.vocab_size), config.data_dir or config.dataset
@@ -121,7 +119,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
     given: what the command line says, which a run that goes on takes over; None: all of the config.
     """
     check_trackers(config)
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    mesh = configured_mesh(config)
     run = Path(config.out_dir)
     if config.eval_only:
         return evaluate_only(config, given, mesh)
@@ -244,7 +242,7 @@ def describe_only(config: ConfigDict, devices: int) -> int:
         lambda: choose_steps_per_call(config, 0, 0.0),
         lambda: parse_tasks(config.eval_tasks),
     )
-    return dry_run(config, devices, open_weights, checks)
+    return dry_run(config, devices, checks)
 
 
 def decide_resume(
@@ -283,31 +281,6 @@ def check_empty(run: Path) -> None:
         raise UserError(f"{run} holds a model ({found[0]}); choose another out_dir")
     if (run / "config.json").exists() and "out_dir" not in read_saved(run):
         raise UserError(f"{run} holds a config.json that is no run's; choose another out_dir")
-
-
-def open_weights(config: ConfigDict, mesh: Mesh) -> OpenedModel:
-    """The model to start from, its sizes taken into the config."""
-    model = open_model(
-        init_from=config.init_from,
-        mesh=mesh,
-        dtype=config.dtype,
-        param_dtype="float32",
-        block_size=config.block_size,
-        model=config.model if find_model(config.model).source else "",
-        model_changed=config.model_changed,
-    )
-    model.adopt(config)
-    return model
-
-
-def open_data(config: ConfigDict, mesh: Mesh, weights: OpenedModel | None) -> RunData:
-    """The corpora, for the weights' vocabulary if there are any."""
-    if os.path.realpath(config.out_dir) in map(os.path.realpath, corpus_folders(take(DataConfig, config))):
-        raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
-    data = RunData(take(DataConfig, config), config.block_size, mesh, weights and weights.meta.vocab_size)
-    if weights:
-        weights.check_corpus(data.meta)
-    return data
 
 
 def params_to_evaluate(parts: Parts, mesh: Mesh, source: Checkpoints | OpenedModel | None) -> Any:

@@ -1,6 +1,7 @@
 """Attention with dropout: the fused kernel (interpreted) and its plain twin against float64 torch, and their masks."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from test_ops import assert_close, double, dtypes, normal, on_cuda
 
-from jaxgpt.ops.attention import attention
+from jaxgpt import UserError
+from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.dropout import dropout, keep_mask
 
 NO_DROPOUT = 1e-12  # rounds to none, but takes the same way through the code
@@ -75,6 +77,14 @@ def test_documents_take_the_twin():
     docs = jnp.arange(64)[None] // 10
     got, want = (op(0.2, kernel, 5)(q, k, v, docs=docs) for kernel in (True, False))
     assert (got == want).all()
+
+
+def test_a_cache_of_other_heads_is_said():
+    """A user's model with fewer heads of keys, whose empty_cache is the default: annotations are unchecked there."""
+    q, k, cache = (normal(i, 1, 1, heads, 16) for i, heads in enumerate((4, 2, 4)))
+    message = r"keys have \(heads, size\) \(2, 16\) and the cache \(4, 16\); make the model's empty_cache like its keys"
+    with pytest.raises(UserError, match=message):
+        inspect.unwrap(cached_attention)(q, k, k, (cache, cache, jnp.int32(0)))
 
 
 def test_attention_kernel_in_a_shard_map(mesh):

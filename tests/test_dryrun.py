@@ -121,7 +121,7 @@ def test_every_problem_at_once(tiny_config, tmp_path, capsys):
     def check():
         raise UserError("the caller's own check")
 
-    assert dry_run(config, 0, lambda *_: None, (check,)) == 2
+    assert dry_run(config, 0, (check,)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     for problem in (
@@ -137,15 +137,15 @@ def test_every_problem_at_once(tiny_config, tmp_path, capsys):
 def test_it_needs_no_corpus(tiny_config, tmp_path, monkeypatch, capsys):
     """Its tokens may be made later; a data_dir that the user names should be there (above)."""
     monkeypatch.chdir(tmp_path)
-    assert dry_run(tiny_config(dataset="later", data_dir=""), 0, lambda *_: None) == 0
+    assert dry_run(tiny_config(dataset="later", data_dir=""), 0) == 0
     out, err = capsys.readouterr()
     assert out.endswith("data/later holds no tokens yet: a vocabulary of 50,257 is assumed\n") and err == ""
 
 
 def test_sizes_that_do_not_divide(tiny_config, capsys):
-    assert dry_run(tiny_config(mesh_fsdp=8, n_embd=12, n_head=2), 0, lambda *_: None) == 2
+    assert dry_run(tiny_config(mesh_fsdp=8, n_embd=12, n_head=2), 0) == 2
     assert "kernel of shape (12, 3, 12) cannot be split: 12 / mesh_fsdp=8 leaves 4" in capsys.readouterr().err
-    assert dry_run(tiny_config(mesh_fsdp=3), 0, lambda *_: None) == 2
+    assert dry_run(tiny_config(mesh_fsdp=3), 0) == 2
     assert "do not multiply to the 8 devices found" in capsys.readouterr().err
 
 

@@ -87,6 +87,14 @@ def test_the_module_has_the_parameters_that_init_makes(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), built, made)
 
 
+def test_an_init_without_what_build_makes_is_said():
+    config = tiny(STRANGER)
+    params = jax.tree.map(jnp.zeros_like, abstract_params(config))
+    del params["norm"]
+    with pytest.raises(UserError, match=r"stranger\.py: init makes no norm/scale, which build does; make it there"):
+        bind(config, params)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_casts_follow_roles(name):
     config = tiny(name)

@@ -254,6 +254,19 @@ def test_an_optimizer_of_ones_own(monkeypatch):
         np.testing.assert_allclose(updates["bias"], -10 * rate * np.sign(grads["bias"]))
 
 
+def test_a_role_in_two_groups_or_in_none_is_said(monkeypatch):
+    def groups(**takes):
+        return lambda config: {name: Group(take, optax.identity(), 1.0) for name, take in takes.items()}
+
+    for takes, found in (
+        (dict(all=lambda role: True, vectors=lambda role: role.group == "vector"), "groups all, vectors"),
+        (dict(matrices=lambda role: role.group == "matrix"), "groups none"),
+    ):
+        monkeypatch.setitem(OPTIMIZERS, "own", groups(**takes))
+        with pytest.raises(UserError, match=f"optimizer=own: bias is in {found}; put it in one"):
+            make_optimizer(OptimizerConfig(optimizer="own"), ROLES)
+
+
 # --- Muon ---
 
 BF16 = 2.0**-8  # bfloat16's relative rounding error

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxgpt import UserError
 from jaxgpt.ops import decode
 from jaxgpt.ops.dropout import dropout, keep_at
 from jaxgpt.ops.launch import available, exp2, launch, load, store
@@ -83,10 +84,14 @@ def cached_attention(
 
     cache: keys, values and the number of slots filled, the same for every row. docs: for every slot the number of its
     document, the new tokens' filled in. kernels: use the one for a single new token if `decode.supports` says so.
+    Raises UserError where keys and cache differ in heads.
     """
     keys, values, length = cache
     if k.shape[2:] != keys.shape[2:]:  # or too few heads would be written, and the others read as zeros
-        raise ValueError(f"keys have (heads, size) {k.shape[2:]} and the cache {keys.shape[2:]}: see empty_cache")
+        raise UserError(
+            f"keys have (heads, size) {k.shape[2:]} and the cache {keys.shape[2:]}; make the model's empty_cache like "
+            "its keys"
+        )
     t, s = q.shape[1], keys.shape[1]
     if kernels and t == 1 and docs is None and decode.supports(q.shape[0], q.dtype):
         note("attention", "kernel")

@@ -16,20 +16,19 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.config import DataConfig, Parts, resolve
-from jaxgpt.data import RunData, corpus_folders
+from jaxgpt.data import corpus_folders
 from jaxgpt.keys import take
 from jaxgpt.models import count_params
 from jaxgpt.run.launchers import count_gpus
-from jaxgpt.sharding import AXES, BATCH_AXES, data_shards, make_mesh
+from jaxgpt.sharding import AXES, BATCH_AXES, configured_mesh, data_shards, make_mesh
 from jaxgpt.step import TrainState, abstract_state, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, token_dtype
+from jaxgpt.weights.opening import check_data, open_data, open_weights
 
 GPUS_PER_HOST = 8  # of described hosts
 
 
-def dry_run(
-    config: ConfigDict, devices: int, open_weights: Callable[[ConfigDict, Mesh], Any], checks: Sequence[Callable] = ()
-) -> int:
+def dry_run(config: ConfigDict, devices: int, checks: Sequence[Callable] = ()) -> int:
     """Prints parameters, tokens per step, memory per device and collectives; then every problem, for a status of 2.
 
     devices: of the described mesh; 0: the product of its sizes or, where one is -1, this machine's devices. Where those
@@ -45,13 +44,13 @@ def dry_run(
         except UserError as error:
             problems.append(str(error))
 
-    sizes: list[Any] = [config[f"mesh_{axis}"] for axis in AXES]
+    sizes = [config[f"mesh_{axis}"] for axis in AXES]
     devices = devices or (0 if -1 in sizes else math.prod(sizes))
     described = 0 < devices != count_gpus()
     found = describe_devices(devices) if described else jax.devices()
     for check in checks:
         attempt(check)
-    mesh = attempt(lambda: make_mesh(*sizes, devices=found))
+    mesh = attempt(lambda: configured_mesh(config, found))
     where = mesh or make_mesh(1, 1, 1, devices=found[:1])  # a value that will not do must not hide what else is wrong
     fresh = config.init_from in ("scratch", "auto", "resume")
     weights = None if fresh else attempt(lambda: open_weights(config, where))
@@ -62,6 +61,8 @@ def dry_run(
     folders = attempt(lambda: corpus_folders(take(DataConfig, fitting))) or []
     absent = [folder for folder in folders if not config.data_dir and not any(folder.glob("*.bin"))]  # no mistake yet
     data = None if absent else attempt(lambda: open_data(fitting, where, weights))
+    if data:
+        attempt(lambda: check_data(config, data.meta, weights))
     if described and config.dtype == "auto":
         fitting.dtype = "bfloat16"
     vocab_size = data.vocab_size if data else weights.meta.vocab_size if weights else GPT2_VOCAB_SIZE
@@ -75,11 +76,6 @@ def dry_run(
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0
-
-
-def open_data(config: ConfigDict, mesh: Mesh, weights: Any) -> RunData:
-    """The corpora of a config, for the weights' vocabulary if there are any."""
-    return RunData(take(DataConfig, config), config.block_size, mesh, weights and weights.meta.vocab_size)
 
 
 def describe_devices(count: int) -> Sequence[Any]:

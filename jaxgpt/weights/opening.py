@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError
 from jaxgpt.cli import Parser
-from jaxgpt.config import GPT2_SIZES, DeviceConfig, default_config, read_config, resolve
-from jaxgpt.keys import keys
-from jaxgpt.models import ModelConfig, Params, abstract_params, bind, cast_params, roles
+from jaxgpt.config import GPT2_SIZES, DataConfig, DeviceConfig, default_config, read_config, resolve
+from jaxgpt.data import RunData, corpus_folders
+from jaxgpt.keys import keys, take
+from jaxgpt.models import ModelConfig, Params, abstract_params, bind, cast_params, find_model, roles
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
 from jaxgpt.step import OPTIONAL
@@ -179,6 +181,34 @@ def open_model(
     here.update(dtype=dtype, matmul_dtype="auto", attention="auto", kernels="auto", remat="none", block_size=block_size)
     config = resolve(here, mesh, meta.vocab_size, meta.eot).model
     return OpenedModel(source, folder, meta, run, config, stored, mesh, which, param_dtype or config.dtype)
+
+
+def open_weights(config: ConfigDict, mesh: Mesh) -> OpenedModel:
+    """The model that a run starts from, its sizes taken into the run's config."""
+    model = open_model(
+        init_from=config.init_from,
+        mesh=mesh,
+        dtype=config.dtype,
+        param_dtype="float32",
+        block_size=config.block_size,
+        model=config.model if find_model(config.model).source else "",
+        model_changed=config.model_changed,
+    )
+    model.adopt(config)
+    return model
+
+
+def open_data(config: ConfigDict, mesh: Mesh, weights: OpenedModel | None) -> RunData:
+    """A run's corpora, for the vocabulary of the weights that it starts from, if any."""
+    return RunData(take(DataConfig, config), config.block_size, mesh, weights and weights.meta.vocab_size)
+
+
+def check_data(config: ConfigDict, meta: Meta, weights: OpenedModel | None) -> None:
+    """Raises UserError unless a run with these tokens can start from these weights and write into its out_dir."""
+    if os.path.realpath(config.out_dir) in map(os.path.realpath, corpus_folders(take(DataConfig, config))):
+        raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
+    if weights:
+        weights.check_corpus(meta)
 
 
 def add_model_arguments(parser: Parser) -> None:
