@@ -155,6 +155,7 @@ def validate(config: ConfigDict) -> None:
         if config[name] < (config.init_from == "scratch"):
             raise UserError(f"{name}={config[name]} must be at least 1, or 0 for that of the weights init_from names")
     take(OptimizerConfig, config)  # checks what holds between its keys
+    check_tokens(config)
     if not config.out_dir or not config.out_dir.isprintable():  # bytes that are no UTF-8 come as lone surrogates
         raise UserError(f"out_dir={config.out_dir!r} names no folder: it is empty or cannot be printed; choose another")
 
@@ -174,7 +175,7 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
     if config.doc_mask and eot is None:
         raise UserError("doc_mask needs an end-of-text token and this corpus has none; set --config.doc_mask=false")
     check_heads(config.n_head, mesh)
-    check_sizes(config, vocab_size)
+    check_parameters(config, vocab_size)
     model = take(
         find_model(config.model).config,
         config,
@@ -197,17 +198,12 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
     return Parts(model, take(OptimizerConfig, config), take(DataConfig, config), wanted, take(RunConfig, config))
 
 
-def check_sizes(config: ConfigDict, vocab_size: int) -> None:
-    """Raises UserError, by arithmetic, on sizes that no machine holds: to try them takes minutes, or ends in a crash.
+# Sizes that no machine holds are found by arithmetic: to try them takes minutes, or ends in a crash. The bounds are a
+# hundred times or more what has been trained by 2026: 10^13 parameters, 2^31 tokens in a step.
 
-    The bounds are some hundred times what has been trained by 2026: 10^13 parameters, 2^31 tokens in a step.
-    """
-    count = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
-    if count > 10**13:
-        raise UserError(
-            f"n_layer={config.n_layer}, n_embd={config.n_embd} and block_size={config.block_size} make about "
-            f"{count:.1e} parameters; choose a smaller model"
-        )
+
+def check_tokens(config: ConfigDict) -> None:
+    """Raises UserError on more tokens in a step or an evaluation than any machine takes."""
     rows = config.batch_size * config.gradient_accumulation_steps
     if rows * config.block_size >= 2**31:
         raise UserError(
@@ -216,6 +212,16 @@ def check_sizes(config: ConfigDict, vocab_size: int) -> None:
         )
     if (tokens := config.eval_iters * config.batch_size * config.block_size) >= 2**33:
         raise UserError(f"eval_iters={config.eval_iters} are {tokens:.1e} tokens an evaluation; choose fewer")
+
+
+def check_parameters(config: ConfigDict, vocab_size: int) -> None:
+    """Raises UserError on more parameters than any machine holds."""
+    count = 12 * config.n_layer * config.n_embd**2 + (vocab_size + config.block_size) * config.n_embd
+    if count > 10**13:
+        raise UserError(
+            f"n_layer={config.n_layer}, n_embd={config.n_embd} and block_size={config.block_size} make about "
+            f"{count:.1e} parameters; choose a smaller model"
+        )
 
 
 def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> None:
