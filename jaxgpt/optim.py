@@ -75,16 +75,24 @@ class Group(NamedTuple):
     takes: Callable[[Role], bool]  # whether a parameter of this role is in the group
     rule: optax.GradientTransformation  # gradients in, updates for a rate of 1 out; told the `step`, if it takes that
     learning_rate: float  # at the top of the schedule
+    bound: float = math.inf  # of an update at a rate of 1, whatever finite gradients there were; inf: not known
+
+
+def adam_bound(beta1: float, beta2: float) -> float:
+    """What no element of Adam's update passes, the rate being 1; inf if there is no such bound.
+
+    By Cauchy and Schwarz |m| ≤ (1 - β1) √(v / ((1 - β2) (1 - β1² / β2))); correcting the bias makes of 1 - β1 at most 1.
+    """
+    return (1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))) if beta1**2 < beta2 else math.inf
 
 
 def adamw(config: "OptimizerConfig") -> dict[str, Group]:
     """AdamW in nanoGPT's two groups."""
-    betas = config.beta1, config.beta2
+    betas, rate = (config.beta1, config.beta2), config.learning_rate
+    with_decay = optax.adamw(1.0, *betas, weight_decay=config.weight_decay)
     return {
-        "decay": Group(
-            lambda role: role.decay, optax.adamw(1.0, *betas, weight_decay=config.weight_decay), config.learning_rate
-        ),
-        "no_decay": Group(lambda role: not role.decay, optax.adam(1.0, *betas), config.learning_rate),
+        "decay": Group(lambda role: role.decay, with_decay, rate, adam_bound(*betas)),
+        "no_decay": Group(lambda role: not role.decay, optax.adam(1.0, *betas), rate, adam_bound(*betas)),
     }
 
 
@@ -95,7 +103,12 @@ def muon(config: "OptimizerConfig") -> dict[str, Group]:
     rules = {group: optax.adam(1.0, config.beta1, config.beta2, eps=1e-10) for group in rates}
     rules["matrix"] = optax.chain(scale_by_muon(config), cautious_decay(config.weight_decay), optax.scale(-1.0))
     rates["matrix"] = config.learning_rate
-    return {group: Group(lambda role, g=group: role.group == g, rules[group], rates[group]) for group in rules}
+    # of a matrix with singular values near 1 no element is above them; √(out/in) is far below 1e4
+    bounds = dict.fromkeys(rates, adam_bound(config.beta1, config.beta2)) | {"matrix": 1e4}
+    return {
+        name: Group(lambda role, name=name: role.group == name, rules[name], rates[name], bounds[name])
+        for name in rules
+    }
 
 
 # name -> the optimizer's groups; a role must be in exactly one
@@ -143,6 +156,16 @@ class OptimizerConfig:
         for name in ("learning_rate", "embedding_lr", "head_lr", "vector_lr"):
             if self.optimizer == "muon" and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0 with optimizer=muon")
+
+
+def keeps_finite(config: OptimizerConfig) -> bool:
+    """Whether finite gradients always leave the parameters finite, so that no step needs to look at them.
+
+    So it is where 2^31 updates together stay below 1e30, and weight decay makes parameters smaller.
+    """
+    groups = OPTIMIZERS[config.optimizer](config).values()
+    top = max(group.learning_rate for group in groups)
+    return top * config.weight_decay <= 1 and all(group.learning_rate * group.bound <= 1e20 for group in groups)
 
 
 class OptimizerState(NamedTuple):

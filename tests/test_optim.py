@@ -26,12 +26,53 @@ from jaxgpt.optim import (
     SCHEDULES,
     Group,
     OptimizerConfig,
+    adam_bound,
+    keeps_finite,
     learning_rate,
     make_optimizer,
     orthogonalize,
     orthogonalize_all,
 )
 from jaxgpt.sharding import make_mesh, param_specs, state_specs
+
+# --- finite updates ---
+
+
+@given(
+    beta1=st.floats(0, 0.99),
+    beta2=st.floats(0.5, 0.999),
+    seed=st.integers(0, 2**32 - 1),
+    exponents=st.lists(st.integers(-45, 18), min_size=1, max_size=12),
+)
+def test_no_update_of_adam_passes_its_bound(beta1, beta2, seed, exponents):
+    """Gradients of any sizes that float32 can square, in any order: after tiny ones, and with signs that agree."""
+    rule = optax.adam(1.0, beta1, beta2)
+    rng, x = np.random.default_rng(seed), np.zeros(16, np.float32)
+    state, bound = rule.init(x), adam_bound(beta1, beta2)
+    with jax.disable_jit():
+        for n in range(24):
+            size = np.float64(10.0) ** exponents[n % len(exponents)]
+            grad = (size * np.where(np.arange(16) < 8, 1, rng.standard_normal(16))).astype(np.float32)
+            update, state = rule.update(jnp.asarray(grad), state)
+            assert np.all(np.abs(update) <= bound * 1.001)
+
+
+def test_parameters_are_looked_at_where_an_update_could_overflow():
+    def keeps(**keys):
+        return keeps_finite(OptimizerConfig(**keys))
+
+    assert keeps() and keeps(optimizer="muon") and keeps(beta2=0.82)
+    assert not keeps(learning_rate=1e20) and not keeps(optimizer="muon", embedding_lr=1e20)
+    assert not keeps(beta2=0.81), "β1² = β2: no bound"
+    assert not keeps(learning_rate=1.0, weight_decay=1.5), "decay may make parameters larger"
+
+
+def test_an_optimizer_without_a_bound_is_looked_at(monkeypatch):
+    monkeypatch.setitem(
+        OPTIMIZERS, "sgd", lambda config: {"all": Group(lambda role: True, optax.sgd(1.0), config.learning_rate)}
+    )
+    assert not keeps_finite(OptimizerConfig(optimizer="sgd"))
+
 
 # --- schedules ---
 
