@@ -81,7 +81,8 @@ class Group(NamedTuple):
 def adam_bound(beta1: float, beta2: float) -> float:
     """What no element of Adam's update passes, the rate being 1; inf if there is no such bound.
 
-    By Cauchy and Schwarz |m| ≤ (1 - β1) √(v / ((1 - β2) (1 - β1² / β2))); correcting the bias makes of 1 - β1 at most 1.
+    By Cauchy and Schwarz |m| ≤ (1 - β1) √(v / ((1 - β2) (1 - β1² / β2))), and the correction of bias makes 1 - β1 at
+    most 1.
     """
     return (1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))) if beta1**2 < beta2 else math.inf
 

@@ -2,13 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxgpt import UserError, bench
+from jaxgpt import UserError, bench, metrics
 from jaxgpt.bench import main
 from jaxgpt.config import load_preset, resolve
 from jaxgpt.models import abstract_params
@@ -32,17 +34,30 @@ def arguments(token_folder):
 
 def test_one_line_of_json(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 1e9)
     main([*arguments, "--steps=2"])
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and err == ""
     result = json.loads(out, parse_constant=pytest.fail)
-    assert (result["what"], result["tokens_per_step"], result["mfu"]) == ("train", 128, None)
+    assert (result["what"], result["tokens_per_step"]) == ("train", 128)
     assert result["params"] == 16 * (128 + 12 * 16 + 3)
+    per_token, attention = 6 * result["params"] + 12 * 16 * 16, 12 * 16 * 16  # PaLM's formula; T is 16 as well
+    assert result["mfu"] == pytest.approx(result["tokens_per_s"] * per_token / 8e9, rel=1e-2)
+    assert result["mfu_strict"] == pytest.approx(result["mfu"] * (1 - attention / 2 / per_token), rel=1e-2)
     assert result["step_ms"] > 0 and result["step_ms_fixed_batch"] > 0
     assert result["tokens_per_s"] == pytest.approx(128 / result["step_ms"] * 1e3, rel=1e-2)
     assert abs(result["loss_first"] - math.log(27)) < 0.1 and result["loss_last"] < result["loss_first"]
     assert {"jax", "jaxlib", "flax", "optax", "host"} <= set(result) and result["devices"] == "8 × cpu"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_beside_nanogpt_a_job_that_fails_is_said_and_the_others_go_on(tmp_path):
+    """Each fails here at once: for lack of nanoGPT."""
+    script = ROOT / "scripts" / "bench_vs_nanogpt"
+    run = subprocess.run([sys.executable, script, tmp_path, "--gpu", "--only=generate"], capture_output=True, text=True)
+    failed = [line for line in run.stdout.splitlines() if "failed: " in line]
+    assert [line.split("  ")[0] for line in failed] == ["generate gpt2 x1", "generate gpt2 x10", "generate gpt2-xl x1"]
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: failed: generate gpt2 x1, ")
 
 
 class Device:

@@ -168,6 +168,10 @@ class ModelConfig:
         """FLOPs of forward and backward for one token of a sequence of block_size tokens."""
         raise NotImplementedError
 
+    def attention_flops_per_token(self) -> float:
+        """Those that scores and weighted sums take, all T² pairs of tokens counted; a causal mask leaves half."""
+        return 0.0
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far; `length` of the S slots are filled (the same for every row).

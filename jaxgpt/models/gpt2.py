@@ -58,7 +58,10 @@ class GPTConfig(ModelConfig):
 
     def flops_per_token(self, params: Params) -> float:
         """6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's), N without position embeddings."""
-        return 6.0 * count_params(self, params) + 12 * self.n_layer * self.n_embd * self.block_size
+        return 6.0 * count_params(self, params) + self.attention_flops_per_token()
+
+    def attention_flops_per_token(self) -> float:
+        return 12.0 * self.n_layer * self.n_embd * self.block_size
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -77,7 +77,10 @@ class ModernConfig(ModelConfig):
 
     def flops_per_token(self, params: Params) -> float:
         """6N + 12·L·C·T, as for GPT-2; N: what tokens are multiplied with."""
-        return 6.0 * count_params(self, params) + 12 * self.n_layer * self.n_embd * self.block_size
+        return 6.0 * count_params(self, params) + self.attention_flops_per_token()
+
+    def attention_flops_per_token(self) -> float:
+        return 12.0 * self.n_layer * self.n_embd * self.block_size
 
     @property
     def stochastic(self) -> bool:
