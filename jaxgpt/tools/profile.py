@@ -15,9 +15,10 @@ from jaxgpt.models import Params, count_params
 from jaxgpt.optim import ADAMW_BYTES
 from jaxgpt.sharding import data_shards
 
+COLLECTIVES = r"nccl|all-?reduce|all-?gather|reduce-?scatter"
 # First match in a kernel's name decides its kind
 KINDS = (
-    ("collectives", r"nccl|all-?reduce|all-?gather|reduce-?scatter"),
+    ("collectives", COLLECTIVES),
     ("attention", r"flash|fmha|sdpa|attention|cudnn"),
     ("matrix products", r"gemm|cublas|nvjet|cutlass|matmul|xmma|splitk"),
     ("loss", r"_row_kernel|loss"),
@@ -47,18 +48,24 @@ def least_work(parts: Parts, mesh: Mesh, params: Params) -> dict[str, tuple[floa
     }
 
 
-def profile_table(trace_dir: str, steps: int, least: dict[str, tuple[float, str]]) -> str:
-    """GPU time a step by kind of kernel, beside the least work and its time at data sheets' peaks; largest kernels."""
+def kernels(trace_dir: str) -> list[tuple[str, float, float]]:
+    """Name, start and duration in ns of every kernel that the first device ran in a trace."""
     path = max(Path(trace_dir).rglob("*.xplane.pb"))
     planes = jax.profiler.ProfileData.from_file(str(path)).planes
     plane = next(p for p in planes if p.name.startswith("/device:"))
     streams = [line for line in plane.lines if line.name.startswith("Stream")]
-    kernels = [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
+    return [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
+
+
+def profile_table(trace_dir: str, steps: int, least: dict[str, tuple[float, str]]) -> str:
+    """GPU time a step by kind of kernel, beside the least work and its time at data sheets' peaks; largest kernels."""
+    events = kernels(trace_dir)
 
     def totals(name_of: Callable[[str], str]) -> list[tuple[str, float, int]]:
         """Names with ms and kernels a step, the largest first."""
-        ms, count = Counter(), Counter()
-        for kernel, _, duration_ns in kernels:
+        ms: Counter[str] = Counter()
+        count: Counter[str] = Counter()
+        for kernel, _, duration_ns in events:
             name = name_of(kernel)
             ms[name] += duration_ns / 1e6 / steps
             count[name] += 1
@@ -67,7 +74,7 @@ def profile_table(trace_dir: str, steps: int, least: dict[str, tuple[float, str]
     def kind(kernel: str) -> str:
         return next((k for k, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other elementwise")
 
-    span = (max(start + ns for _, start, ns in kernels) - min(start for _, start, _ in kernels)) / 1e6 / steps
+    span = (max(start + ns for _, start, ns in events) - min(start for _, start, _ in events)) / 1e6 / steps
     rows = totals(kind)
     rows += [("idle", span - sum(ms for _, ms, _ in rows), 0), ("total", span, 0)]
     peaks = {"FLOP": peak_flops(jax.devices()[0]), "byte": peak_bytes(jax.devices()[0])}
