@@ -17,7 +17,9 @@ Importing jaxgpt alone imports nothing else: the names come when they are first 
 import contextlib
 import errno
 import importlib
+import json
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -77,6 +79,10 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
         return UserError(f"{text[:300]}; unset JAX_PLATFORMS, or name what this machine has: cpu")
+    modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, AssertionError) and modules[-1:] == ["jax._src.xla_bridge"]:  # a plugin is missing, as cuda's
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        return UserError(f"{asked}, but no such backend is installed; run: pip install 'jaxgpt[cuda]', or unset it")
     return None
 
 
@@ -115,6 +121,14 @@ def local_path(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         raise UserError(f"{name}: there is no home folder that ~ could mean; write the path in full") from None
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text that may come from anywhere. Raises ValueError if it is none or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextlib.contextmanager

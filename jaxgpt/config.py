@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write, shipped
+from jaxgpt import UserError, atomic_write, from_json, shipped
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
@@ -48,7 +48,7 @@ class DataConfig:
     doc_mask: bool = key(False, "attention does not cross the end-of-text token")
     batch_size: int = key(12, "sequences per micro-step and data shard", least=1)
     gradient_accumulation_steps: int = key(40, "micro-steps per optimizer step, over all data shards", least=1)
-    eval_iters: int = key(200, "batches in each evaluation's estimate; 0: the whole validation split")
+    eval_iters: int = key(200, "batches in each evaluation's estimate; 0: the whole validation split", below=1_000_001)
     seed: int = key(1337, "of the initial weights, the data's order, dropout", below=2**32)
 
 
@@ -199,17 +199,19 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
 
 
 # Sizes that no machine holds are found by arithmetic: to try them takes minutes, or ends in a crash. The bounds are a
-# hundred times or more what has been trained by 2026: 10^13 parameters, 2^31 tokens in a step.
+# hundred times or more what has been trained by 2026: 10^13 parameters, 2^31 tokens or 2^20 sequences in a step.
 
 
 def check_tokens(config: ConfigDict) -> None:
     """Raises UserError on more tokens in a step or an evaluation than any machine takes."""
     rows = config.batch_size * config.gradient_accumulation_steps
-    if rows * config.block_size >= 2**31:
+    if rows > 2**20 or rows * config.block_size >= 2**31:
         raise UserError(
             f"batch_size={config.batch_size} × gradient_accumulation_steps={config.gradient_accumulation_steps} × "
             f"block_size={config.block_size} are {rows * config.block_size:.1e} tokens a step; choose fewer"
         )
+    if (tokens := rows * config.block_size * config.steps_per_call) >= 2**33:
+        raise UserError(f"steps_per_call={config.steps_per_call} are {tokens:.1e} tokens a call; choose fewer")
     if (tokens := config.eval_iters * config.batch_size * config.block_size) >= 2**33:
         raise UserError(f"eval_iters={config.eval_iters} are {tokens:.1e} tokens an evaluation; choose fewer")
 
@@ -251,8 +253,11 @@ def load_preset(spec: str) -> ConfigDict:
         if get_config is None:
             raise UserError(f"{path} is not a Python file (.py) with get_config(), as presets are")
         config = get_config(argument) if argument else get_config()
-    except Exception as error:  # a slip in the user's own code
-        text = " ".join(str(error).split()) or type(error).__name__
+    except BaseException as error:  # a slip in the user's own code, which may also want to exit
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        text = " ".join(str(error).split()) if isinstance(error, Exception) else repr(error)
+        text = text or type(error).__name__
         unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
         if unknown and unknown[1] not in default_config():
             text = unknown_key(unknown[1])
@@ -346,13 +351,13 @@ def read_saved(folder: Path) -> dict[str, Any]:
     """What config.json in a run's folder holds. Raises UserError."""
     path = folder / "config.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = from_json(path.read_bytes())
         if not isinstance(saved, dict):
             raise TypeError("no JSON object")
         return saved
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no run: it has no config.json; check out_dir") from None
-    except (OSError, ValueError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); restore it or start another run") from None
 
 

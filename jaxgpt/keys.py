@@ -41,6 +41,8 @@ def check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{name}={value!r} is not of type {type(default).__name__}")
     if isinstance(value, str) and rules["choices"] and value not in rules["choices"]:
         raise UserError(f"{name}={value!r} is not one of {', '.join(rules['choices'])}")
+    if isinstance(value, int) and value.bit_length() > 1000:  # too long to print or to become a float
+        raise UserError(f"{name} is a number of {value.bit_length()} bits; choose a smaller one")
     if isinstance(value, int | float) and not isinstance(value, bool):
         least = 0 if rules["least"] is None else rules["least"]
         if not math.isfinite(value):

@@ -4,7 +4,6 @@ In a notebook, `jaxgpt.plot.plot("out-a", "out-b", x="tokens", y=["loss", "grad_
 """
 
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jaxgpt import UserError
+from jaxgpt import UserError, from_json
 from jaxgpt.cli import Parser, run_main
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl: each has a step
@@ -132,9 +131,9 @@ def read_metrics(run: Path) -> Rows:
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            row = {key: value if value is None else float(value) for key, value in json.loads(line).items()}
+            row = {key: value if value is None else float(value) for key, value in from_json(line).items()}
             rows.append({"step": row.pop("step"), **row})
-        except (ValueError, TypeError, AttributeError, LookupError):
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError):
             if line.endswith(b"\n"):
                 raise UserError(f"{path}: line {number} is not of a run's metrics; remove it") from None
     if not any("loss" in row or "val_loss" in row for row in rows):

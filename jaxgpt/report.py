@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import datetime
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxgpt import UserError, __version__, atomic_write
+from jaxgpt import UserError, __version__, atomic_write, from_json
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import default_config, read_saved
 from jaxgpt.models import BUILT_IN
@@ -111,9 +110,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = from_json(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, LookupError):  # cut short by a kill
+        except (ValueError, TypeError, LookupError, OverflowError):  # cut short by a kill
             continue
     return rows
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxgpt import UserError
+from jaxgpt import UserError, from_json
 from jaxgpt.cli import Parser, integer, run_main
 from jaxgpt.corpus.sources import decode_text, read_text
 from jaxgpt.decoding import Generator, Sampling
@@ -118,7 +118,7 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line) if args.jsonl else {"prompt": line}
+            record = from_json(line) if args.jsonl else {"prompt": line}
             if not isinstance(record["prompt"], str) or not record["prompt"]:
                 raise ValueError
         except (ValueError, TypeError, LookupError):

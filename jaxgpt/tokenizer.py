@@ -24,7 +24,7 @@ import requests
 import tiktoken
 from jaxtyping import Int, UInt
 
-from jaxgpt import UserError, atomic_write, optional
+from jaxgpt import UserError, atomic_write, from_json, optional
 
 ENDOFTEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -203,7 +203,7 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{path} is missing; copy the tokenizer's file there")
         try:
             self._bpe = self._library.Tokenizer.from_file(str(path))
-            content = json.loads(self._bpe.to_str())
+            content = from_json(self._bpe.to_str())
         except BaseException as error:
             raise UserError(f"{path} is not a tokenizer.json: {_library_error(error)}") from None
         ids = self._bpe.get_vocab(with_added_tokens=True)
@@ -510,7 +510,7 @@ DAMAGE = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeE
 
 def read_meta(folder: str | os.PathLike) -> Meta | None:
     """meta.json, else nanoGPT's meta.pkl, else None. UserError if it is damaged or is a pickle that asks for code."""
-    for name, parse in (("meta.json", json.loads), ("meta.pkl", _parse_nanogpt)):
+    for name, parse in (("meta.json", from_json), ("meta.pkl", _parse_nanogpt)):
         path = Path(folder, name)
         try:
             content = parse(path.read_bytes())

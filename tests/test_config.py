@@ -107,6 +107,8 @@ def test_sizes_are_openais(size, millions):
         ("    return d", "name 'd' is not defined"),
         ("    import no_such_module\n    return c", "no_such_module"),
         ("    return 1 / 0", "division by zero"),
+        ("    raise SystemExit(3)", "preset.py: SystemExit(3)"),
+        ("    exit(0)", "preset.py: SystemExit(0)"),
         ("    pass", "get_config() returned no config"),
         ("    return dict(n_layer=3)", "get_config() returned"),
         ("    return type(c)({'n_layer': 3})", "get_config() returned"),

@@ -1,12 +1,17 @@
 """Lines for people: what cannot be printed costs the line, and the process ends with its own status."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxgpt import UserError
+import jaxgpt
+from jaxgpt import UserError, from_json, user_error
 
 PROGRAM = """
 import sys
@@ -63,6 +68,32 @@ def test_an_encoding_without_the_letter():
 def test_what_a_user_can_mend_is_one_line(error, status, line):
     done = program(error)
     assert done.returncode == status and done.stderr.count("\n") == 1 and done.stderr.startswith(line), done.stderr
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_json_from_anywhere(value):
+    assert from_json(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, "", "{", b"\xff", "9" * 5000])
+def test_json_that_is_none_is_a_value_error(text):
+    """Also where it is nested so deeply that json raises a RecursionError; so nothing else may call json.loads."""
+    with pytest.raises(ValueError):
+        from_json(text)
+    own = ("__init__.py", "run/processes.py", "run/checkpoint.py")  # the last two read what they have just written
+    root = Path(jaxgpt.__file__).parent
+    assert not [p for p in root.rglob("*.py") if "json.load" in p.read_text() and not str(p).endswith(own)]
+
+
+def test_a_backend_that_is_not_installed_is_one_line(monkeypatch):
+    """JAX asserts that there is one."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for module, found in ("jax._src.xla_bridge", True), ("mine", False):
+        try:
+            exec("assert False", {"__name__": module})
+        except AssertionError as error:
+            told = user_error(error)
+            assert (told is not None and "JAX_PLATFORMS=cuda, but no such backend" in str(told)) is found
 
 
 def test_a_bug_is_a_traceback():

@@ -130,6 +130,7 @@ def example() -> str:
 
 BROKEN = {
     "syntax": ("def f(:\n", r"line 1: SyntaxError"),
+    "exits": ("import sys\nsys.exit(0)\n", r"line 2: SystemExit: 0"),
     "raises": ("import os\nx = 1 / 0\n", r"line 2: ZeroDivisionError: division by zero"),
     "nothing": ("x = 1\n", "must define one subclass of ModelConfig; it defines none"),
     "no roles": (

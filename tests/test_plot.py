@@ -117,7 +117,10 @@ def test_what_is_no_run_is_one_line(tmp_path, content, message):
     assert not out.exists()
 
 
-@given(st.binary(max_size=60))
+HOSTILE = [b"[" * 10**5, b'{"step": 1e400, "loss": 1}\n', b'{"step": 1, "loss": ' + b"9" * 999 + b"}\n"]
+
+
+@given(st.binary(max_size=60) | st.sampled_from(HOSTILE))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_rows_or_one_line(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + content)

@@ -98,7 +98,10 @@ def test_a_runs_text_is_no_html(tmp_path):
     assert "<script" not in render([read_run(run(tmp_path / "<b>", samples=samples))])
 
 
-@given(st.binary(max_size=60))
+HOSTILE = [b"[" * 10**5, b'{"step": 1e400}', b'{"step": ' + b"9" * 999 + b"}"]
+
+
+@given(st.binary(max_size=60) | st.sampled_from(HOSTILE))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_beside_a_run_are_a_page(tmp_path, content):
     folder = run(tmp_path / "a")

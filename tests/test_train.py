@@ -311,8 +311,15 @@ def test_a_start_that_fails_leaves_nothing_and_can_be_made_again(finished, argum
         with pytest.raises(Unavailable):
             main(arguments(tmp_path / "a" / "run"))
     assert list(tmp_path.iterdir()) == []
-    main(arguments(tmp_path / "a" / "run"))
-    assert logged(tmp_path / "a" / "run") == logged(finished)
+    run = tmp_path / "a" / "run"
+    main(arguments(run))
+    assert logged(run) == logged(finished)
+    config = (run / "config.json").read_bytes()
+    (run / "events.jsonl").rename(run / "events")
+    (run / "events.jsonl").mkdir()
+    with pytest.raises(UserError, match="events.jsonl cannot be written: Is a directory; move it away"):
+        main(arguments(run, init_from="resume", max_iters=9, learning_rate=0.5))
+    assert (run / "config.json").read_bytes() == config
 
 
 def test_an_update_that_is_not_finite_is_dropped(arguments, tmp_path, mesh):
@@ -361,6 +368,12 @@ class Mistakes:
         path = self.folder / "out" / "run" / name
         path.parent.mkdir(parents=True)
         path.write_text("{}")
+        return self.run()
+
+    def linked(self, name):
+        """The command line for a folder in which a link of this name leads nowhere."""
+        (self.folder / "out" / "run").mkdir(parents=True)
+        (self.folder / "out" / "run" / name).symlink_to("nowhere")
         return self.run()
 
     def spoiled(self, name, text):
@@ -424,6 +437,7 @@ MISTAKES = {
     "a model's folder": (lambda m: m.holding("model.safetensors"), "holds a model (model.safetensors)"),
     "another program's folder": (lambda m: m.holding("config.json"), "holds a config.json that is no run's"),
     "checkpoints that are a file": (lambda m: m.holding("checkpoints"), "checkpoints is no folder"),
+    "checkpoints that are a link to nowhere": (lambda m: m.linked("checkpoints"), "checkpoints is no folder"),
     "metrics that are a folder": (lambda m: m.holding("metrics.jsonl/x"), "metrics.jsonl cannot be read: Is a direct"),
     "a schedule beyond int32": (lambda m: m.run(lr_decay_iters=2**31), "lr_decay_iters=2147483648 must be below"),
     "out_dir that is no text": (lambda m: m.run(out_dir="\udcff"), "out_dir='\\udcff' names no folder"),
@@ -433,7 +447,9 @@ MISTAKES = {
     "a billion layers": (lambda m: m.run(n_layer=10**9), "n_layer=1000000000 must be below 1001"),
     "a model that no machine holds": (lambda m: m.run(n_embd=10**9), "make about 1.2e+19 parameters; choose a smaller"),
     "a step that no machine holds": (lambda m: m.run(batch_size=10**9), "are 1.3e+11 tokens a step; choose fewer"),
-    "an evaluation that never ends": (lambda m: m.run(eval_iters=10**9), "are 1.6e+10 tokens an evaluation"),
+    "an evaluation that never ends": (lambda m: m.run(eval_iters=10**9), "eval_iters=1000000000 must be below 1000001"),
+    "too many micro-steps": (lambda m: m.run(gradient_accumulation_steps=10**8), "1.3e+10 tokens a step; choose fewer"),
+    "a number too long to print": (lambda m: m.preset("c.n_layer = 10**5000"), "n_layer is a number of 16610 bits"),
     "a rate that overflows": (lambda m: m.run(learning_rate=1e300, min_lr=0), "learning_rate=1e+300"),
     "no such weights": (lambda m: m.run(init_from="nowhere"), "nowhere is neither gpt2, gpt2-medium"),
 }  # fmt: skip

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
-from jaxgpt import UserError, atomic_write, local_path
+from jaxgpt import UserError, atomic_write, from_json, local_path
 from jaxgpt.cli import Parser, integer
 from jaxgpt.corpus.sources import PIECE, Piece, Source
 from jaxgpt.tokenizer import (
@@ -197,7 +197,7 @@ def recorded(out: Path, source: str, settings: dict[str, Any]) -> tuple[list[Rec
         if meta:
             old, records, begun = meta.settings, list(chain.from_iterable(meta.shards.values())), None
         elif progress.is_file():
-            content = json.loads(progress.read_bytes())
+            content = from_json(progress.read_bytes())
             old, records, begun = content["settings"], list(content["shards"]), content.get("source")
             _ = [(out / record["file"], record["tokens"], *record["next"]) for record in records]
         else:

@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxgpt import UserError, local_path, optional
+from jaxgpt import UserError, from_json, local_path, optional
 
 PIECE = 1 << 20  # characters; also the bytes read at a time
 # Characters of its document that a part comes with on both sides. Most tokenizers' parts depend on what is around them,
@@ -246,10 +246,10 @@ def _read_jsonl(f: io.BufferedIOBase, path: str, field: str) -> Iterator[tuple[s
         if line.strip():
             where = f"{path}: line {number:,} (byte {count:,})"
             try:
-                text = json.loads(line)[field]
+                text = from_json(line)[field]
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, count + error.start) from None
-            except (ValueError, TypeError, LookupError, RecursionError):
+            except (ValueError, TypeError, LookupError):
                 text = None
             if not isinstance(text, str):
                 raise UserError(f"{where} is not a JSON object with a text under {field!r}; mend it or set --field")

@@ -247,7 +247,9 @@ def _load(name: str, source: str) -> ModelFile:
     sys.modules[module.__name__] = module  # where dataclasses look annotations up
     try:
         exec(compile(source, name, "exec"), module.__dict__)
-    except Exception as error:  # whatever the user's code raises
+    except BaseException as error:  # whatever the user's code raises, exits included
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(f"model={name}: {_where(error, name)}{type(error).__name__}: {_one_line(error)}") from None
     return _register(name, source, module)
 

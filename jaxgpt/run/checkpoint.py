@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from jaxgpt import UserError, atomic_write
+from jaxgpt import UserError, atomic_write, from_json
 from jaxgpt.run.digests import differing, digests, host_digest
 from jaxgpt.run.guard import RunLock, everywhere
 
@@ -110,8 +110,10 @@ class Checkpoints:
         UserError where there can be no checkpoints.
         """
         self._lock, self._run = lock, run
-        if self.folder.exists() and not self.folder.is_dir():
+        if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
             raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
+        if self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
+            raise UserError(f"{self.folder} cannot be written; mend its permissions, or choose another out_dir")
         for path in self.folder.glob(f"*{TMP}") if self._first else ():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -137,7 +139,7 @@ class Checkpoints:
     def _record(self, step: int) -> dict:
         """The checkpoint's record, its seal checked. Raises ValueError."""
         try:
-            record = json.loads((self.folder / str(step) / "record.json").read_text())
+            record = from_json((self.folder / str(step) / "record.json").read_bytes())
             whole = record["seal"] == _seal(record) and record["step"] == step
         except FAILURES as error:
             raise ValueError(f"record.json cannot be read ({_brief(error)})") from None
@@ -350,8 +352,8 @@ class Checkpoints:
 def run_id(run: Path) -> str:
     """The identity in a run's config.json, which survives copying the folder; "" where there is none."""
     try:
-        found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("run_id", "")
-    except (OSError, ValueError, AttributeError, RecursionError):  # whoever needs the config says what is wrong
+        found = from_json((run / "config.json").read_bytes()).get("run_id", "")
+    except (OSError, ValueError, AttributeError):  # whoever needs the config says what is wrong
         return ""
     return found if isinstance(found, str) else ""
 

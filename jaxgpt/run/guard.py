@@ -3,7 +3,6 @@
 import contextlib
 import enum
 import faulthandler
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt import FULL, Unavailable, UserError, atomic_write
+from jaxgpt import FULL, Unavailable, UserError, atomic_write, from_json
 from jaxgpt.console import complain
 from jaxgpt.run import sentinel
 from jaxgpt.run.processes import LAST_ACTS, LAUNCHER, LINGER_S, joined
@@ -337,9 +336,9 @@ def trim_jsonl(path: Path, step: int, without: str = "") -> int:
 
     def stays(line: bytes) -> bool:
         try:
-            row = json.loads(line)
+            row = from_json(line)
             return line.endswith(b"\n") and (row["step"] < step or row["step"] == step and without not in row)
-        except (ValueError, TypeError, KeyError, RecursionError):  # cut short by a kill, or blanks after a power cut
+        except (ValueError, TypeError, KeyError):  # cut short by a kill, or blanks after a power cut
             return False
 
     try:

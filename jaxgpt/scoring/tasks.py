@@ -2,7 +2,7 @@
 
 import functools
 import gzip
-import json
+import hashlib
 import math
 import re
 import zlib
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt import UserError, optional
+from jaxgpt import UserError, from_json, optional
 from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.data import Corpus, corpus_folders
 from jaxgpt.keys import take
@@ -43,6 +43,13 @@ class Task(NamedTuple):
 
     def run(self, scorer: Scorer, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         return self.summarize(scorer(params, self.rows, label=self.name, check=check))
+
+    def digest(self) -> str:
+        """The same where the rows are."""
+        rows = hashlib.sha256()
+        for row in self.rows:
+            rows.update(np.int32([len(row.tokens), row.first]).tobytes() + row.tokens.astype(np.int32).tobytes())
+        return rows.hexdigest()[:16]
 
 
 def validation(corpus: Corpus, block_size: int) -> Task:
@@ -146,7 +153,7 @@ def _records(file: str, dataset: str, subset: str | None, split: str) -> list[An
             datasets = optional("datasets", "jaxgpt[data]", f"fetching {dataset}, unless a file is named,")
             return list(datasets.load_dataset(dataset, subset, split=split))
         with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+            return [from_json(line) for line in lines if line.strip()]
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         what = f"{file} cannot be read as JSON lines" if file else f"{dataset} cannot be fetched"
         raise UserError(f"{what} ({first_line(error)}); name a .jsonl or .jsonl.gz file: TASK=FILE") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiktoken.load import read_file_cached
 
-from jaxgpt import UserError, __version__, optional
+from jaxgpt import UserError, __version__, from_json, optional
 from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.keys import keys
 from jaxgpt.models import abstract_params, cast_params
@@ -84,7 +84,7 @@ def write_tokenizer(model: OpenedModel, folder: Path) -> None:
     elif model.meta.tokenizer == "gpt2":
         merges, vocab = (read_file_cached(GPT2_URL + name, sha256).decode() for name, sha256 in GPT2_FILES.items())
         pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]
-        theirs = tokenizers.ByteLevelBPETokenizer(json.loads(vocab), pairs)
+        theirs = tokenizers.ByteLevelBPETokenizer(from_json(vocab), pairs)
         theirs.add_special_tokens([ENDOFTEXT])
     else:
         theirs = tokenizers.Tokenizer.from_file(str(model.folder / model.meta.tokenizer))
@@ -143,9 +143,9 @@ def _scores(model: OpenedModel) -> dict[str, Any]:
     path = model.folder / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = from_json(line)
             scores |= {k: v for k, v in row.items() if k not in NOT_RESULTS} if row["step"] == model.step else {}
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        except (ValueError, TypeError, LookupError, AttributeError):
             continue  # a line that a crash cut short
     return scores
 

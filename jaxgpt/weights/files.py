@@ -1,6 +1,5 @@
 """Tensors in files: safetensors, and torch's pickles without running code in them. Each is read when asked for."""
 
-import json
 import os
 import pickle
 import re
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import UserError, optional
+from jaxgpt import UserError, from_json, optional
 
 # weights_only=True could be escaped before torch 2.6 (GHSA-53q9-r3pm-6pq6) and before 2.10 (GHSA-63cw-57p8-fm3p)
 SAFE_TORCH = (2, 10)
@@ -151,8 +150,8 @@ def torch_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. UserError if there is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch it again")

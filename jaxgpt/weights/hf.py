@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import UserError, optional
+from jaxgpt import UserError, from_json, optional
 from jaxgpt.config import GPT2_SIZES
 from jaxgpt.tokenizer import GPT2_FILES, GPT2_VOCAB_SIZE, Meta, token_dtype
 from jaxgpt.weights.files import (
@@ -214,12 +214,12 @@ def _vocabulary_is_gpt2(folder: Path) -> bool:
             text = normalize((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return True
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return False  # damaged: whatever it was
         return hashlib.sha256(text.encode()).hexdigest() == GPT2_FILES[original]
 
     def vocabulary(text: str) -> str:  # in the order of ids and escaped to ASCII, as OpenAI wrote it
-        return json.dumps(dict(sorted(json.loads(text).items(), key=lambda item: item[1])))
+        return json.dumps(dict(sorted(from_json(text).items(), key=lambda item: item[1])))
 
     def merges(text: str) -> str:
         lines = [line for line in text.splitlines() if not line.startswith("#version")]
