@@ -24,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxgpt import UserError, __version__, optional
+from jaxgpt import FULL, Unavailable, UserError, __version__, from_json, optional
 from jaxgpt.console import say
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,9 @@ class Reporter:
     """Writes a run's metrics wherever they go; on other processes than the first, nowhere.
 
     metrics.jsonl gets one object a line, with the tokens and seconds of the run so far; events.jsonl what happened to
-    the run, over all its lives. What fails here is said once, and the run goes on. Secrets never pass here: trackers
-    read their own environment variables.
+    the run, over all its lives; samples.jsonl the text that it wrote. All are opened at the start: in a folder that is
+    moved they go along, and nothing is added to a new run's at the old path. What fails here is said once, and the run
+    goes on. Secrets never pass here: trackers read their own environment variables.
 
     tokens: how many tokens have been read by a step. run_id: the run's identity, by which W&B knows it again. lines: of
     metrics.jsonl, as the run starts.
@@ -175,8 +176,9 @@ class Reporter:
         self.lines = lines  # of metrics.jsonl
         self._file: IO[str] | None = None
         self._events: IO[str] | None = None
+        self._samples: IO[str] | None = None
         self._board = self._wandb = None
-        self._folder, self._tokens, self._failed = folder, tokens, set[str]()
+        self._tokens, self._failed = tokens, set[str]()
         self._closing = contextlib.ExitStack()
         hidden = bar_hidden()
         style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": hidden}
@@ -204,12 +206,15 @@ class Reporter:
         self._closing.enter_context(contextlib.suppress(OSError))  # of a full disk, which `record` has told of
         self._events = self._open(folder / "events.jsonl")
         self._file = self._open(folder / "metrics.jsonl")
+        if config.sample_interval:
+            self._samples = self._open(folder / "samples.jsonl")
 
     def _open(self, path: Path) -> IO[str]:
         try:
             return self._closing.enter_context(path.open("a", encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}; move it away") from None
+            text, full = f"{path} cannot be written: {error.strerror or error}", error.errno in FULL
+            raise Unavailable(f"{text}; make room") if full else UserError(f"{text}; move it away") from None
 
     def say(self, line: str) -> None:
         """Prints a line for people, above the progress bar."""
@@ -262,10 +267,11 @@ class Reporter:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Shows text that the model wrote, and keeps it in samples.jsonl."""
         self.say(f"step {step}: sample\n{text}\n---")
-        if self._file:
-            with self._surviving("samples.jsonl"), (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        if self._samples:
+            with self._surviving("samples.jsonl"):
                 row = {"step": step, "prompt": prompt, "text": text}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._samples.flush()
 
     def waiting(self, line: str) -> None:
         """Says what takes a while, where no bar shows it."""
@@ -303,8 +309,8 @@ def _seconds_so_far(metrics: Path) -> float:
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - 2**14))  # lines are a few hundred bytes
-            return float(json.loads(file.read().splitlines()[-1])["wall_s"])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            return float(from_json(file.read().splitlines()[-1])["wall_s"])
+    except (OSError, ValueError, TypeError, LookupError):
         return 0.0
 
 

@@ -1,5 +1,6 @@
 """Train a model: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
 
+import hashlib
 import math
 import secrets
 import shlex
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         config.out_dir = str(local_path(config.out_dir))
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
-        agree("config", {**numerics(), **config, "data_dir": "each host's own"})
+        source = hashlib.sha256(find_model(config.model).source.encode()).hexdigest()[:16]
+        agree("config", {**numerics(), **config, "data_dir": "each host's own", "model_source": source})
         agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
         return train(config, given)
 
@@ -146,9 +148,8 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             train_step = lowered.compile()
             check_fits(train_step, parts, mesh)
             state = making.result() if making else complete_state(state, abstract)
-            if not resume:
-                checkpoints.check_replicas(state, step)
-            lines = write_run_files(run, config, data, step, identity, evaluated=progress.evaluated == step)
+            checkpoints.check_replicas(state, step)
+            lines = write_run_files(run, data, step, evaluated=progress.evaluated == step)
             if lines < progress.metrics_lines:
                 changes.append(f"metrics.jsonl has {lines} of the {progress.metrics_lines} lines up to step {step}")
             reporter = opened.enter_context(
@@ -162,6 +163,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
                 )
             )
             agree("compiled", {})
+            write_config(run, config, data, identity)
         batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
         reporter.say("\n".join([*describe(parts, mesh, data, abstract, step, taken), *changes]))
         reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
@@ -291,19 +293,21 @@ def params_to_evaluate(parts: Parts, mesh: Mesh, source: Checkpoints | OpenedMod
     return source.params if source else create_state(parts, mesh).params
 
 
-def write_run_files(run: Path, config: ConfigDict, data: RunData, step: int, identity: str, *, evaluated: bool) -> int:
-    """The tokenizer's files and config.json, so that the folder alone is enough to sample from; trims metrics.jsonl.
-
-    config.json is the last: a folder with one holds a run. Returns how many lines metrics.jsonl has.
-    """
+def write_run_files(run: Path, data: RunData, step: int, *, evaluated: bool) -> int:
+    """Writes the tokenizer's files, so that the folder alone is enough to sample from, and drops lines of metrics.jsonl
+    and samples.jsonl after `step`. Returns how many lines metrics.jsonl has."""
     if jax.process_index():
         return 0
     data.copy_tokenizer(run)
-    lines = guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
     guard.trim_jsonl(run / "samples.jsonl", step, without="text")
-    about = {"model_source": find_model(config.model).source, "data": data.facts(), "environment": environment()}
-    save_config(config, run, run_id=identity, **about)
-    return lines
+    return guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
+
+
+def write_config(run: Path, config: ConfigDict, data: RunData, identity: str) -> None:
+    """config.json, as the last of a start: a folder with one holds a run, and a start that fails changes no run's."""
+    if not jax.process_index():
+        about = {"model_source": find_model(config.model).source, "data": data.facts(), "environment": environment()}
+        save_config(config, run, run_id=identity, **about)
 
 
 def choose_steps_per_call(config: ConfigDict, step: int, flops_per_step: float) -> int:

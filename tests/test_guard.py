@@ -115,6 +115,16 @@ def test_a_lock_follows_no_link(tmp_path):
     assert (tmp_path / "precious").read_text() == "data"
 
 
+@pytest.mark.parametrize("target", ["precious", "nowhere"])
+def test_a_file_that_is_being_written_follows_no_link(tmp_path, target):
+    """Whoever may write to the folder could else have a run of another user's overwrite any of that user's files."""
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "metrics.jsonl.partial").symlink_to(tmp_path / target)
+    assert trim_jsonl(tmp_path / "metrics.jsonl", 1) == 1
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"metrics.jsonl": '{"step": 1}\n', "precious": "data"}
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_start_that_fails_leaves_nothing(tmp_path, fresh):
     run = tmp_path / "a" / "run"

@@ -235,7 +235,7 @@ def test_no_bar_into_a_pipe(monkeypatch, tmp_path):
 
 
 def test_saves_and_samples_are_told_and_kept(tmp_path, tiny_config, capsys):
-    with Reporter(tmp_path, tiny_config(), first_step=0) as reporter:
+    with Reporter(tmp_path, tiny_config(sample_interval=8), first_step=0) as reporter:
         reporter.saved(4, {"best_step": 4})
         reporter.saved(8, {"best_step": 4})
         reporter.sample(8, "é", "é and on")
@@ -248,3 +248,18 @@ def test_saves_and_samples_are_told_and_kept(tmp_path, tiny_config, capsys):
     ]  # fmt: skip
     sample = json.loads((tmp_path / "samples.jsonl").read_text())
     assert sample == {"step": 8, "prompt": "é", "text": "é and on"}
+
+
+def test_a_folder_that_is_moved_takes_its_files_along(tmp_path, tiny_config):
+    """A new run at the old path gets nothing of the old one's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with Reporter(run, tiny_config(sample_interval=1), first_step=0) as reporter:
+        run.rename(tmp_path / "old")
+        run.mkdir()
+        reporter.record(1, {"loss": 1.0})
+        reporter.event(1, "saved")
+        reporter.sample(1, "", "text")
+    assert not list(run.iterdir())
+    lines = {path.name: path.read_text().count("\n") for path in (tmp_path / "old").iterdir()}
+    assert lines == {"metrics.jsonl": 1, "events.jsonl": 1, "samples.jsonl": 1}

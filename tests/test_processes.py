@@ -222,6 +222,16 @@ def test_a_coordinators_port_that_is_taken_is_one_line():
     processes._check_port(f"here:{port}")
 
 
+@pytest.mark.parametrize(
+    "address, index, message",
+    [("h:0", 0, "a port, 1 to 65535"), ("h:70000", 1, "a port, 1 to 65535"), ("h:1", 2, "this is process 2 of 2")],
+)
+def test_numbers_that_cannot_be_are_one_line(monkeypatch, address, index, message):
+    cluster = {"coordinator_address": address, "num_processes": 2, "process_id": index}
+    with pytest.raises(UserError, match=message):
+        processes._connect(cluster | {"cluster_detection_method": "deactivate"}, 9.0)
+
+
 def test_what_differs_between_processes_is_named(monkeypatch):
     sums = {"a": "0123456789abcdef", "b": "00000000ffffffff"}
     monkeypatch.setattr(jax, "process_count", lambda: 3)

@@ -1,4 +1,4 @@
-"""Which processes a launcher started: torchrun, Open MPI, SLURM, TPU pods, Kubernetes Jobs, or explicit variables."""
+"""Finds a run's processes by their launcher's variables: torchrun, Open MPI, SLURM, TPU pods, Kubernetes Jobs, ours."""
 
 import glob
 import importlib.util
@@ -9,18 +9,21 @@ from typing import Any
 
 from jaxgpt import UserError
 
-# Launchers' variables: the number of processes and this one's index; the same on this host alone
+# Variables: the number of processes, this one's index; the number on this host, this one's index there
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
 OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")  # the third: the host's index
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")  # the third is the host's index
 
 
 def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
-    """What jax.distributed.initialize needs to be told here; None for a process that runs alone.
+    """The arguments of jax.distributed.initialize; None for a process that runs alone.
 
-    The first that is there counts: JAX_NUM_PROCESSES with JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS (a number of 1:
-    alone, whatever else is there); torchrun; Open MPI; SLURM; a TPU pod; an indexed Kubernetes Job. What the result
-    leaves out, JAX finds. Where several processes share a host, each gets an equal part of its GPUs. Raises UserError.
+    The first launcher whose variables are set counts: JAX_NUM_PROCESSES with JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS
+    (JAX_NUM_PROCESSES=1: alone, whatever else is set); torchrun; Open MPI; SLURM; a TPU pod; an indexed Kubernetes Job.
+    JAX detects the arguments that are missing. Processes of one host get equal shares of its GPUs.
+
+    Raises UserError where a variable is missing, is no number or contradicts another, and where the processes of a host
+    cannot share its GPUs equally.
     """
     if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
         count = _number(env, "JAX_NUM_PROCESSES")
@@ -29,7 +32,7 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
         if not (address := env.get("JAX_COORDINATOR_ADDRESS")):
             hint = "set it to HOST:PORT of process 0"
             raise UserError(f"JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; {hint}")
-        if not re.fullmatch(r".+:\d{1,5}", address):
+        if not re.fullmatch(r".+:[0-9]{1,5}", address):
             raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is not HOST:PORT of process 0")
         known = {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID")}
         return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
@@ -68,6 +71,7 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
+    """The number in a variable. Raises UserError where there is none."""
     if not re.fullmatch(r"[0-9]{1,9}", env.get(name, "")):
         found = f"is {env[name][:80]!r}, not a number" if name in env else "is not set"
         hint = "set them all, or none, or JAX_NUM_PROCESSES=1 to run alone"
@@ -83,7 +87,7 @@ def _port(env: Mapping[str, str], default: int) -> int:
 def _cluster(
     env: Mapping[str, str], numbers: Iterable[int], address: str | None = None, method: str = ""
 ) -> dict[str, Any] | None:
-    """numbers: of all processes and this one's index; the same on this host. method: JAX's, to find the address."""
+    """The arguments, of which `numbers` are the four above. Without an address JAX finds it by its `method`."""
     count, index, here, local = numbers
     if count == 1:
         return None
@@ -97,8 +101,8 @@ def _cluster(
 
 
 def _own_gpus(env: Mapping[str, str], here: int, local: int) -> list[int] | None:
-    """This process's share of the GPUs that all on this host see; None, where there are none or it is set: JAX finds
-    out. By itself JAX takes one, even where a process has the host to itself."""
+    """Indices of this process's GPUs: its share of those that all processes of the host see. None leaves it to JAX:
+    without GPUs, or where JAX_LOCAL_DEVICE_IDS says. (JAX's default is one, also for a process alone on its host.)"""
     gpus = count_gpus(env)
     if not gpus or "JAX_LOCAL_DEVICE_IDS" in env:
         return None
@@ -112,7 +116,7 @@ def _own_gpus(env: Mapping[str, str], here: int, local: int) -> list[int] | None
 
 
 def count_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """How many NVIDIA GPUs this process may use, found out without starting JAX's backends."""
+    """The number of NVIDIA GPUs this process may use. Starts no backend of JAX."""
     if env.get("JAX_PLATFORMS") == "cpu":
         return 0
     visible = env.get("CUDA_VISIBLE_DEVICES")
@@ -120,5 +124,5 @@ def count_gpus(env: Mapping[str, str] = os.environ) -> int:
 
 
 def has_tpu() -> bool:
-    """Whether this machine has TPU chips, found out without starting JAX's backends."""
+    """Whether this machine has TPU chips. Starts no backend of JAX."""
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))

@@ -1,8 +1,8 @@
-"""Several processes as one program: they find each other, agree before the first step, and end together.
+"""The processes of a run: they connect, compare their settings before the first step, and end together.
 
-jax.distributed connects them; process 0 runs its coordinator. A process that fails tells the others why through the
-coordinator, and each ends itself. One that goes silent (killed, stopped, cut off) is missed by jax.distributed's
-heartbeats, which then end the others.
+jax.distributed connects them; process 0 runs its coordinator, a key-value store. A process that fails publishes the
+cause there; the others poll for it and exit. A process that goes silent (killed, stopped, cut off) misses its
+heartbeats, upon which jax.distributed ends the others.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src import clusters, distributed
 
-from jaxgpt import Unavailable, UserError, user_error
+from jaxgpt import Unavailable, UserError, __version__, user_error
 from jaxgpt.console import complain, settle
 from jaxgpt.run.launchers import find_cluster
 
@@ -33,26 +33,28 @@ joined: Any = distributed.global_state  # its client, the only way to the coordi
 
 HEARTBEAT_TIMEOUT_S = 40  # a silent process is given up after this: all others end within a minute
 POLL_S = 1.0  # how often a process asks whether another one failed
-LINGER_S = 3.0  # how long one whose end ends others lives on: three polls, so that they hear of it or tell theirs
-PEER_GONE = r"(closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe"  # in what collectives raise then
-FAILURE = "jaxgpt/failure"  # the coordinator's key of the first failure
-LAUNCHER = "JAXGPT_LAUNCHER_PIPE"  # scripts/launch_local's: a file descriptor that closes when the launcher is gone
-LAST_ACTS: list[Callable[[], None]] = []  # what a process does that another one's failure ends, as it cannot unwind
-# JAX's settings that change what is computed
+LINGER_S = 3.0  # the delay before an exit that takes the coordinator along: three polls, for the others to learn why
+PEER_GONE = r"(closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe"  # in errors of collectives, where a peer is gone
+FAILURE = "jaxgpt/failure"  # the key of the first failure's cause
+LAUNCHER = "JAXGPT_LAUNCHER_PIPE"  # of scripts/launch_local: a pipe that closes when the launcher ends, however it ends
+LAST_ACTS: list[Callable[[], None]] = []  # cleanup before os._exit, which another process's failure may lead to
+# JAX's settings that change results
 SETTINGS = (
     "jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64", "jax_default_matmul_precision",
     "jax_numpy_dtype_promotion",
 )  # fmt: skip
 VARIABLES = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-OWN_FLAGS = "--xla_dump|--xla_force_host_platform_device_count|--xla_gpu_per_fusion_autotune_cache_dir"  # may differ
+# Flags that may differ between processes
+OWN_FLAGS = "--xla_dump|--xla_force_host_platform_device_count|--xla_gpu_per_fusion_autotune_cache_dir"
 
 
 class Processes:
-    """A context in which the processes of a run are connected and end together; for one that runs alone, nothing.
+    """A context in which the processes of a run are connected and end together. A process that runs alone stays as is.
 
-    Within it only process 0 writes to stdout, and the others' warnings are left out. It does not return from an error
-    in one of several processes: each ends with that error's status. JAXGPT_START_TIMEOUT: how many seconds to wait for
-    the others, 300 by default.
+    Within it process 0 alone writes to stdout, and the others log no warnings. With several processes an exception does
+    not leave it: every process exits with the status of the first failure. JAXGPT_START_TIMEOUT is the number of
+    seconds to wait for the others, by default 300. Raises UserError, and Unavailable where the coordinator's port is
+    taken.
     """
 
     def __init__(self):
@@ -87,12 +89,12 @@ class Processes:
 
     def _watch(self) -> None:
         while not self._left.wait(POLL_S):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key; or no coordinator: JAX deals with that
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key; or no coordinator: JAX ends us
                 joined.client.key_value_try_get(FAILURE)
                 self._end(1, "another process failed")
 
     def _end(self, status: int, message: str, error: BaseException | None = None) -> None:
-        """Ends this process with the first failure's cause: this one, unless another was there before."""
+        """Exits with the cause of the first failure: this one, unless another process has published its own."""
         self._ending.acquire()  # for good
         cause = [joined.process_id, socket.gethostname(), status, " ".join(message.split())]
         try:
@@ -115,7 +117,7 @@ class Processes:
 
 
 def _outlive_no_launcher() -> None:
-    """Sends this process SIGTERM, upon which it saves and stops, when its launcher is gone, even by SIGKILL."""
+    """When the launcher is gone, even by SIGKILL, has this process save and stop: by SIGTERM, from a thread."""
     try:
         pipe = int(os.environ.get(LAUNCHER, ""))
         os.set_inheritable(pipe, False)
@@ -133,7 +135,7 @@ def _outlive_no_launcher() -> None:
 
 
 def _connect(cluster: dict[str, Any], timeout: float) -> bool:
-    """Whether there are others, with which this process is then connected; a TPU may turn out to be of no pod."""
+    """Connects this process to the others. False where there are none: a TPU need not belong to a pod."""
     # JAX aborts the process when its own time is up; ours comes first and says why
     known: dict[str, Any] = {"process_id": cluster.get("process_id")}
     alarm = threading.Timer(timeout, _nobody_came, (timeout, known))
@@ -142,6 +144,8 @@ def _connect(cluster: dict[str, Any], timeout: float) -> bool:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from guard.Stop
     try:
         known |= _resolve(cluster, timeout)
+        if None not in (known["coordinator_address"], known["num_processes"], known["process_id"]):
+            _check_numbers(known["coordinator_address"], known["num_processes"], known["process_id"])
         if known["process_id"] == 0:
             _check_port(known["coordinator_address"])
         jax.distributed.initialize(
@@ -161,15 +165,25 @@ def _connect(cluster: dict[str, Any], timeout: float) -> bool:
 
 
 def _resolve(cluster: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """`cluster`, and what it leaves out as JAX finds it."""
+    """All arguments of jax.distributed.initialize: those of `cluster`, completed by JAX's detection."""
     names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
     method = cluster.get("cluster_detection_method")
     if method == "deactivate":
         return {name: cluster.get(name) for name in names}
+    logging.getLogger("jax._src.clusters.cluster").setLevel(logging.CRITICAL)  # what it finds missing is in our error
     told = (cluster.get(name) for name in names)
     detect: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params
     found = detect(*told, method or None, int(timeout))
     return dict(zip(names, found, strict=True))
+
+
+def _check_numbers(address: str, count: int, index: int) -> None:
+    """Raises UserError on numbers that JAX would wait for, or crash at."""
+    port = address.rpartition(":")[2]
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"the coordinator's address, {address}, does not end in a port, 1 to 65535; mend it")
+    if index >= count:
+        raise UserError(f"this is process {index} of {count}, and they are counted from 0; mend its number")
 
 
 def _check_port(address: str) -> None:
@@ -192,11 +206,12 @@ def _brief(error: Exception) -> str:
 
 
 def _nobody_came(timeout: float, known: Mapping[str, Any]) -> NoReturn:
+    """Exits as Unavailable after a start that took `timeout` seconds, saying whether the coordinator can be reached."""
     who = f"process {known.get('process_id')} of {known.get('num_processes') or 'several'}"
     at = known.get("coordinator_address") or ":"
     host, _, port = at.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()  # of IPv6
         found = "it answers, but not all processes came: see which did not start, or started with another number"
     except (OSError, ValueError) as error:
         found = f"nothing answers there ({error}): see whether process 0 started, and its port can be reached"
@@ -205,7 +220,7 @@ def _nobody_came(timeout: float, known: Mapping[str, Any]) -> NoReturn:
 
 
 def start_timeout() -> float:
-    """Seconds to wait for other processes at the start."""
+    """Seconds to wait for other processes at the start. Raises UserError where the variable is no number."""
     text = os.environ.get("JAXGPT_START_TIMEOUT", "300")
     try:
         if 0 < float(text) < 1e6:
@@ -216,19 +231,19 @@ def start_timeout() -> float:
 
 
 def numerics() -> dict[str, Any]:
-    """What decides, besides the program, the device and its inputs, what this process computes."""
+    """What decides, besides its config, its device and its data, what this process computes."""
     flags = sorted(x for x in os.environ.get("XLA_FLAGS", "").split() if not re.match(OWN_FLAGS, x))
-    versions = {name: version(name) for name in ("jax", "jaxlib")}
+    versions = {"jaxgpt": __version__} | {name: version(name) for name in ("jax", "jaxlib", "optax")}
     settings = {name: getattr(jax.config, name) for name in SETTINGS}
     variables = {name: os.environ.get(name) for name in VARIABLES}
     return versions | settings | variables | {"XLA_FLAGS": " ".join(flags)}
 
 
 def agree(topic: str, facts: Mapping[str, Any]) -> None:
-    """Returns when all processes came here with the same facts. UserError on each whose facts are not process 0's,
-    Unavailable where one does not come.
+    """A barrier at which every process compares `facts` with process 0's; {}: a plain barrier.
 
-    Without facts it is a barrier, before computing together: collectives themselves wait less long.
+    Raises UserError where they differ, Unavailable where a process does not arrive within the start's timeout. It
+    belongs between work that takes processes differently long, as compiling, and collectives, which wait less long.
     """
     if not jax.distributed.is_initialized():
         return

@@ -18,13 +18,17 @@ from jaxgpt.step import make_eval_step
 
 
 class Evaluation:
-    """Mean losses of fixed batches of every split, and the scores of eval_tasks."""
+    """Mean losses of fixed batches of every split, and the scores of eval_tasks.
+
+    Raises UserError where a task cannot be loaded, or is not the same on every process.
+    """
 
     def __init__(self, parts: Parts, data: RunData, mesh: Mesh):
         self._data, self._batches, self._weights = data, None, data.eval_weights()
         self._step = make_eval_step(parts.model, mesh)
         files = parse_tasks(parts.run.eval_tasks)
         self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
+        agree("eval_tasks", {name: task.digest() for name, task in self._tasks.items()})
         self._scorer = Scorer(parts.model, mesh)
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
