@@ -646,7 +646,7 @@ def test_killed_saves_leave_a_sound_latest(tmp_path):
 
 
 PAIR = """
-import sys, jax, jax.numpy as jnp, numpy as np
+import resource, sys, time, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 out, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -677,6 +677,19 @@ same = jax.jit(lambda a, b: jnp.array([(x == y).all() for x, y in zip(jax.tree.l
 assert same(state, make(2.0))
 if rank == 0:
     damaged.write_bytes(sound)
+
+def limit_files(size):  # what process 1 may write: the disk of one host fails
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+limit_files(0)
+begun = time.monotonic()
+ckpts.save(4, make(4.0), {})
+assert not ckpts.wait() and "process 1 failed" in ckpts.failure + "process 1 failed" * rank, ckpts.failure
+assert time.monotonic() - begun < 30, "the others waited for it"
+limit_files(resource.RLIM_INFINITY)
+ckpts.save(5, make(5.0), {})
+assert ckpts.wait()
 print("done", rank)
 """
 
@@ -694,9 +707,10 @@ def test_two_processes_share_checkpoints_with_one(tmp_path):
     ends = [process.communicate(timeout=100) for process in pair]
     assert [out.splitlines()[-1:] for out, _ in ends] == [["done 0"], ["done 1"]], ends
     assert "checkpoint 3 passed over" in ends[0][1] and "passed over" not in ends[1][1], "only process 0 talks"
-    restored, _, step = Checkpoints(tmp_path).restore(abstract(state(3)))
-    assert step == 3
-    assert_same_bits(restored, state(3))
+    assert all("CHECKPOINT 4 NOT SAVED" in err and "Traceback" not in err for _, err in ends), ends
+    restored, _, step = Checkpoints(tmp_path).restore(abstract(state(5)))
+    assert step == 5
+    assert_same_bits(restored, state(5))
 
 
 def test_leftovers_go_and_only_leftovers(tmp_path):

@@ -448,7 +448,7 @@ MISTAKES = {
     "a model that no machine holds": (lambda m: m.run(n_embd=10**9), "make about 1.2e+19 parameters; choose a smaller"),
     "a step that no machine holds": (lambda m: m.run(batch_size=10**9), "are 1.3e+11 tokens a step; choose fewer"),
     "an evaluation that never ends": (lambda m: m.run(eval_iters=10**9), "eval_iters=1000000000 must be below 1000001"),
-    "too many micro-steps": (lambda m: m.run(gradient_accumulation_steps=10**8), "1.3e+10 tokens a step; choose fewer"),
+    "too many micro-steps": (lambda m: m.run(gradient_accumulation_steps=10**8), "1.6e+09 tokens a step; choose fewer"),
     "a number too long to print": (lambda m: m.preset("c.n_layer = 10**5000"), "n_layer is a number of 16610 bits"),
     "a rate that overflows": (lambda m: m.run(learning_rate=1e300, min_lr=0), "learning_rate=1e+300"),
     "no such weights": (lambda m: m.run(init_from="nowhere"), "nowhere is neither gpt2, gpt2-medium"),

@@ -11,6 +11,7 @@ import copy
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from jax.experimental import multihost_utils
 from jaxgpt import UserError, atomic_write, from_json
 from jaxgpt.run.digests import differing, digests, host_digest
 from jaxgpt.run.guard import RunLock, everywhere
+from jaxgpt.run.processes import joined
 
 log = logging.getLogger(__name__)
 # Orbax narrates each save through absl's logger, failures with a traceback; they all reach us as exceptions, see below.
@@ -54,7 +56,9 @@ sys.unraisablehook = lambda x: None if str(x.exc_value) == "Event loop is closed
 
 FORMAT = 2  # of the state's tree and of the record; 1, which says none, had unnamed optimizer states
 TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
-SAVE_TIMEOUT_S = 600  # bounds a save in the background, and the wait for a process that failed to write its part
+SAVE_TIMEOUT_S = 600  # bounds a save in the background
+_numbers = itertools.count(1)  # of saves, by which processes know them: each makes the same
+BARRIERS = 2  # of Orbax in a save's background: when all have written, and when process 0 has given the folder its name
 SPARE = 2**18  # bytes that a checkpoint may take besides its arrays: measured 10 to 40 KiB for 15 to 150 arrays
 SPARE_FILES = 64  # files and folders that it may take: measured 21 for one process, 4 more for each other
 SMALL_FILE = 2**20  # files up to this many bytes are hashed whole; larger ones hold arrays, which have their digests
@@ -95,10 +99,12 @@ class Checkpoints:
         self._first = jax.process_index() == 0
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         # If Orbax makes folders in the background and one cannot be made, its threads wait for it for five minutes
-        options = ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=SAVE_TIMEOUT_S)
+        foreground = {"create_directories_asynchronously": False}
+        options = ocp.AsyncOptions(**foreground, timeout_secs=SAVE_TIMEOUT_S, barrier_sync_fn=self._meet)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None
+        self._number, self._phase = 0, 0  # of the save under way, and of its next barrier
         self._saved = Saved(-1, {})
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
@@ -181,13 +187,16 @@ class Checkpoints:
             self._pending = PendingSave(step, info, None, error)
             self.wait()
             return
+        self._number, self._phase = next(_numbers), 0
+        if self._first and jax.process_count() > 1:  # all have left the barriers of the save before
+            joined.client.key_value_delete(f"jaxgpt/save/{self._number - 1}")
         try:
             self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
         except FAILURES as raised:
             error = raised
         record = {"format": FORMAT, "run": self._run, "step": step, "info": info}
         record |= {"arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items()}}
-        future = self._background.submit(self._finish, record, working, error is None)
+        future = self._background.submit(self._finish, record, working, error)
         self._pending = PendingSave(step, info, future, error)
 
     def check_replicas(self, state: Any, step: int) -> None:
@@ -210,15 +219,45 @@ class Checkpoints:
         if self._lock and (why := self._lock.lost()):
             raise OSError(why)
 
-    def _finish(self, record: dict, working: Path, begun: bool) -> None:
-        """In the background: awaits the writes of all processes, then process 0 commits."""
+    def _finish(self, record: dict, working: Path, error: Exception | None) -> None:
+        """In the background: awaits the writes of all processes, then process 0 commits. error: of the beginning."""
         try:
-            self._orbax.wait_until_finished()
-            if self._first and begun:
+            self._await_writes(error)
+            if self._first and error is None:
                 self._commit(record, working)
         finally:
             if self._first and not (self._lock and self._lock.lost()):
                 shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
+
+    def _await_writes(self, error: Exception | None) -> None:
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as raised:
+            error = raised
+            raise
+        finally:
+            if error is not None and jax.process_count() > 1:
+                while self._phase < BARRIERS:
+                    self._arrive(f"process {jax.process_index()} failed: {_brief(error)}")
+
+    def _meet(self, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier in the background. Raises OSError as soon as a process has failed; Orbax's own waits for it
+        until the timeout. (`key` is Orbax's name of the barrier; the same save has the same number everywhere.)"""
+        client, name = joined.client, self._arrive("")
+        if self._first:
+            said = (client.blocking_key_value_get(f"{name}/{i}", timeout_ms) for i in range(jax.process_count()))
+            client.key_value_set(f"{name}/all", next(filter(None, said), ""))
+        if failure := client.blocking_key_value_get(f"{name}/all", timeout_ms):
+            raise OSError(failure)
+
+    def _arrive(self, failure: str) -> str:
+        """Publishes that this process is at the next barrier, or has failed before it. Returns the barrier's name."""
+        name, me = f"jaxgpt/save/{self._number}/{self._phase}", jax.process_index()
+        self._phase += 1
+        joined.client.key_value_set(f"{name}/{me}", failure)
+        if failure and self._first:
+            joined.client.key_value_set(f"{name}/all", failure)
+        return name
 
     def _commit(self, record: dict, working: Path) -> None:
         """Reads the new checkpoint back, gives it its record and name, then removes what is no longer kept."""
