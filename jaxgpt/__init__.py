@@ -79,6 +79,8 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
         return UserError(f"{text[:300]}; unset JAX_PLATFORMS, or name what this machine has: cpu")
+    if isinstance(error, ValueError) and "Disable jit is not supported" in text:
+        return UserError("JAX_DISABLE_JIT is set, and this compiles what it computes; unset it")
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, AssertionError) and modules[-1:] == ["jax._src.xla_bridge"]:  # a plugin is missing, as cuda's
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"

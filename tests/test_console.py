@@ -62,6 +62,7 @@ def test_an_encoding_without_the_letter():
             2,
             "error: out of memory (Out of",
         ),
+        ("ValueError('Disable jit is not supported in the AOT path')", 2, "error: JAX_DISABLE_JIT is set"),
         ("RuntimeError('Unable to initialize backend x')", 2, "error: Unable to initialize backend x; unset JAX_PLAT"),
     ],
 )
