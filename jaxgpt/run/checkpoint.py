@@ -99,8 +99,9 @@ class Checkpoints:
         self._first = jax.process_index() == 0
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         # If Orbax makes folders in the background and one cannot be made, its threads wait for it for five minutes
-        foreground = {"create_directories_asynchronously": False}
-        options = ocp.AsyncOptions(**foreground, timeout_secs=SAVE_TIMEOUT_S, barrier_sync_fn=self._meet)
+        options = ocp.AsyncOptions(
+            create_directories_asynchronously=False, timeout_secs=SAVE_TIMEOUT_S, barrier_sync_fn=self._meet
+        )
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None

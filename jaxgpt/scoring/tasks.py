@@ -48,7 +48,7 @@ class Task(NamedTuple):
         """The same where the rows are."""
         rows = hashlib.sha256()
         for row in self.rows:
-            rows.update(np.int32([len(row.tokens), row.first]).tobytes() + row.tokens.astype(np.int32).tobytes())
+            rows.update(np.array([len(row.tokens), row.first, *row.tokens], np.int32).tobytes())
         return rows.hexdigest()[:16]
 
 
