@@ -62,7 +62,7 @@ class DeviceConfig:
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     matmul_dtype: str = key("auto", "fp8: products with weights in training", choices=("auto", "fp8"))
-    attention: str = key("auto", "implementation of attention", choices=("auto", "cudnn", "xla"))
+    attention: str = key("auto", "implementation of attention", choices=("auto", "cudnn", "splash", "xla"))
     kernels: str = key("auto", "fast paths of jaxgpt/ops where they apply", choices=("auto", "on", "off"))
     remat: str = key(
         "none", "block: recompute each block in the backward pass, to save memory", choices=("none", "block")
@@ -191,9 +191,11 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
             "attention=cudnn needs an NVIDIA GPU of the Ampere generation or newer, bfloat16 or float16, and heads "
             "no larger than 128; leave it at auto"
         )
+    if wanted.attention == "splash" and device.platform != "tpu":
+        raise UserError("attention=splash needs a TPU; leave it at auto")
     if wanted.matmul_dtype == "fp8":
         check_fp8(config, dtype, nvidia and float(device.compute_capability) >= 8.9, mesh)
-    fastest = "cudnn" if cudnn and not config.doc_mask else "xla"
+    fastest = "cudnn" if cudnn and not config.doc_mask else "splash" if device.platform == "tpu" else "xla"
     model = dataclasses.replace(model, attention=fastest if wanted.attention == "auto" else wanted.attention)
     return Parts(model, take(OptimizerConfig, config), take(DataConfig, config), wanted, take(RunConfig, config))
 

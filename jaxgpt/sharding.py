@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -99,7 +100,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
             f"{keys} do not multiply to the {len(devices)} devices found; set one to -1 to take what is left"
         )
     # Auto: the compiler spreads shardings from the arrays to everything between them
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    count = len({getattr(device, "slice_index", None) for device in devices})
+    if devices[0].platform != "tpu" or count == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    # TPU slices are joined by the slow network alone: what crosses it is the mean over `data`
+    if sizes[0] % count:
+        raise UserError(f"mesh_data={sizes[0]} must be a multiple of the {count} slices, which only data is split over")
+    inside, slices = (sizes[0] // count, *sizes[1:]), (count, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, slices, devices), AXES, axis_types=types)
 
 
 def configured_mesh(config: Any, devices: Sequence | None = None) -> Mesh:
@@ -236,11 +245,17 @@ def mean_over(x: Any, mesh: Mesh, *axes: str) -> Any:
 
 
 def split_heads(f: Callable[..., Float[Array, "B T N H"]]) -> Callable[..., Float[Array, "B T N H"]]:
-    """`f` of arrays (B, T, N, H) that each device runs on its own heads, for an `f` that the compiler cannot split."""
+    """`f` that each device runs on its own heads of arrays (B, T, N, H) and on whole arrays (B, T) or None, for an `f`
+    that the compiler cannot split."""
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
         return f
     spec = P(None, None, "tensor")
-    return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)
+
+    def split(*arrays):
+        specs = jax.tree.map(lambda x: spec if x.ndim == 4 else P(), arrays)
+        return jax.shard_map(f, in_specs=specs, out_specs=spec, axis_names={"tensor"}, check_vma=False)(*arrays)
+
+    return split
 
 
 def _on_parts_over_tensor(f: Callable, specs: Any, mesh: Mesh) -> Callable:

@@ -1,4 +1,4 @@
-"""Causal self-attention: cuDNN's fused kernel where it applies, one with dropout of our own, else plain XLA."""
+"""Causal self-attention: a library's fused kernel where one applies, one with dropout of our own, else plain XLA."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxgpt import UserError
-from jaxgpt.ops import decode
+from jaxgpt.ops import decode, splash
 from jaxgpt.ops.dropout import dropout, keep_at
 from jaxgpt.ops.launch import available, exp2, launch, load, store
 from jaxgpt.ops.paths import note
@@ -43,9 +43,9 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q·k) v, where a token sees itself and what came before it. N heads share K of keys and values.
 
-    implementation: "cudnn" or "xla". rate: dropout of the attention weights, drawn from `seed`. docs: numbers the
-    documents of each row; a token then sees its own document alone. window: it sees the last `window` tokens alone,
-    itself included. scale: by default 1 / sqrt(H). kernels: use our dropout kernel if `supports` says so.
+    implementation: "cudnn", "splash" (splash.py) or "xla". rate: dropout of the attention weights, drawn from `seed`.
+    docs: numbers the documents of each row; a token then sees its own document alone. window: it sees the last `window`
+    tokens alone, itself included. scale: by default 1 / sqrt(H). kernels: use our dropout kernel if `supports` says so.
     """
     if seed is None:
         rate = 0.0
@@ -57,6 +57,10 @@ def attention(
         options = {"mask": mask, "is_causal": True, "local_window_size": None if window is None else (window - 1, 0)}
         cudnn = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn", **options)
         return split_heads(cudnn)(q, k, v)
+    if implementation == "splash" and rate == 0.0 and splash.supports(q.shape, k.shape[2]):
+        note("attention", "splash")
+        options = {"window": window, "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale}
+        return split_heads(functools.partial(splash.splash, **options))(q, k, v, docs)
     plain_mask = docs is None and window is None
     if kernels and rate > 0.0 and supports(q.shape, k.shape[2], q.dtype, plain_mask=plain_mask):
         note("attention", "kernel")
