@@ -52,13 +52,44 @@ PEAK_FLOPS = {
 }
 
 PEAK_BYTES = {  # bytes/s of device memory, likewise
+    "NVIDIA V100": 900e9,
+    "Tesla V100": 900e9,
+    "Tesla T4": 320e9,
+    "NVIDIA A10": 600e9,
     "NVIDIA A100-SXM4-40GB": 1555e9,
     "NVIDIA A100-SXM4-80GB": 2039e9,
     "NVIDIA L4": 300e9,
     "NVIDIA L40": 864e9,
     "NVIDIA H100": 3350e9,
     "NVIDIA H200": 4800e9,
+    "NVIDIA GH200": 4000e9,
     "NVIDIA B200": 8000e9,
+    "TPU v4": 1228e9,  # TPUs: cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e
+    "TPU v5 lite": 819e9,
+    "TPU v5e": 819e9,
+    "TPU v5": 2765e9,
+    "TPU v6 lite": 1640e9,
+    "TPU v6e": 1640e9,
+}
+
+MEMORY_GIB = {  # of device memory, likewise; of NVIDIA's less what the driver keeps for itself (nvidia-smi)
+    "Tesla V100": 15.8,
+    "Tesla T4": 15.0,
+    "NVIDIA A10": 22.5,
+    "NVIDIA A100-SXM4-40GB": 40.0,
+    "NVIDIA A100-SXM4-80GB": 80.0,
+    "NVIDIA L4": 22.5,
+    "NVIDIA L40": 45.0,
+    "NVIDIA H100": 79.6,
+    "NVIDIA H200": 140.4,
+    "NVIDIA GH200": 95.6,
+    "NVIDIA B200": 179.1,
+    "TPU v4": 32.0,
+    "TPU v5 lite": 16.0,
+    "TPU v5e": 16.0,
+    "TPU v5": 95.0,
+    "TPU v6 lite": 32.0,
+    "TPU v6e": 32.0,
 }
 
 
@@ -75,6 +106,11 @@ def peak_flops(device: Any) -> float | None:
 def peak_bytes(device: Any) -> float | None:
     """The bytes/s of the jax.Device's memory, or None where it is not known."""
     return _of_kind(PEAK_BYTES, device)
+
+
+def memory_gib(device: Any) -> float | None:
+    """The jax.Device's memory in GiB, or None where it is not known."""
+    return _of_kind(MEMORY_GIB, device)
 
 
 def _of_kind(peaks: dict[str, float], device: Any) -> float | None:

@@ -48,8 +48,11 @@ SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation
 def main(argv: Sequence[str]) -> int:
     configure_jax()
     parser = Parser(prog="python -m jaxgpt.train", description=__doc__)
-    explained = "compile for this mesh (of so many devices, if not this machine's), print what it takes, and stop"
-    parser.add_argument("--dry_run", nargs="?", type=int, const=0, metavar="DEVICES", help=explained)
+    explained = (
+        "compile for this mesh, print what it takes, and stop; DEVICES, if not this machine's: a number, or a name "
+        "such as v5e:4x4 (a TPU slice) or h100:8"
+    )
+    parser.add_argument("--dry_run", nargs="?", type=number_or_name, const=0, metavar="DEVICES", help=explained)
     with Processes():
         config, given, args = parse_config(argv, parser)
         config.out_dir = str(local_path(config.out_dir))
@@ -236,7 +239,11 @@ def evaluate_only(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mes
     return guard.Exit.DONE
 
 
-def describe_only(config: ConfigDict, devices: int) -> int:
+def number_or_name(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def describe_only(config: ConfigDict, devices: int | str) -> int:
     """The dry run for a mesh of `devices`; its exit status."""
     checks = (
         lambda: check_trackers(config),

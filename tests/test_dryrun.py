@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,8 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError
 from jaxgpt.config import GPT2_SIZES, default_config, resolve
+from jaxgpt.metrics import memory_gib, peak_bytes, peak_flops
 from jaxgpt.sharding import make_mesh
-from jaxgpt.tools.dryrun import bytes_per_device, collectives, dry_run, step_bytes
+from jaxgpt.tools import slices
+from jaxgpt.tools.dryrun import async_pairs, bytes_per_device, collectives, dry_run, loops_factor, too_large
+from jaxgpt.tools.estimate import step_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +77,86 @@ def test_the_memory_of_a_step_is_close_to_what_xla_says(size, rows, by_xla):
     n_params = 12 * layers * width**2 + (50304 + 1024) * width
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     assert step_bytes(resolve(config, mesh, 50257), mesh, n_params) / 2**20 == pytest.approx(by_xla, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "count"),
+    [("v5e:4x4", "TPU v5 lite", 16), ("2*v5p:4x4x4", "TPU v5", 128), ("V6E:8x8", "TPU v6 lite", 64)]
+    + [("h100:8", "NVIDIA H100", 8), ("a100-40gb", "NVIDIA A100-SXM4-40GB", 1), ("v4:2x2x1", "TPU v4", 4)],
+)
+def test_devices_by_name(text, kind, count):
+    name = slices.parse(text)
+    assert (name.device_kind, name.count) == (kind, count)
+    assert all(table(name) for table in (peak_flops, peak_bytes, memory_gib))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5e:4x5", "there is no v5e slice of 4x5; the nearest is v5e:4x4"),
+        ("v5p:4x4x5", "there is no v5p slice of 4x4x5; the nearest is v5p:4x4x4"),
+        ("v6e", "there is no v6e slice of no shape; the nearest is v6e:1x1"),
+        ("v5:4x4", "'v5' is no kind of device that is known; did you mean v5p"),
+        ("h100:eight", "'h100:eight' names no devices; write v5e:4x4, or h100:8"),
+        ("h100:2x2", "is no number of GPUs; write h100:8 for eight"),
+        ("potato", "'potato' is no kind of device that is known; there are v4, v5e"),
+    ],
+)
+def test_names_of_no_devices(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        slices.parse(text)
+
+
+def test_every_kind_has_its_figures():
+    for kind in (slices.TPUS | slices.GPUS).values():
+        device = SimpleNamespace(device_kind=kind)
+        assert all(table(device) for table in (peak_flops, peak_bytes, memory_gib)), kind
+
+
+def test_without_libtpu_a_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"takes libtpu.*pip install 'jax\[tpu\]'"):
+        slices.describe_tpus(slices.parse("v5e:4x4"))
+
+
+def test_data_is_over_slices():
+    """In a process of its own, as libtpu is loaded; where it is installed."""
+    pytest.importorskip("libtpu")
+    code = (
+        "from jaxgpt.tools import slices; from jaxgpt.sharding import make_mesh\n"
+        "mesh = make_mesh(-1, 4, 1, devices=slices.describe_tpus(slices.parse('2*v5e:2x4')))\n"
+        "print(dict(mesh.shape), [{x.slice_index for x in row.flat} for row in mesh.devices])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout == "{'data': 4, 'fsdp': 4, 'tensor': 1} [{0}, {0}, {1}, {1}]\n", done.stderr
+
+
+def test_gpus_by_name(tiny_config, capsys):
+    assert dry_run(tiny_config(), "h100:8") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"memory per device: [\d.]+ GiB of 79.6 \(fits\): state", out) and err == ""
+    assert "ms at 989 TFLOP/s; its memory traffic is not known, for lack of that device's compiler" in out
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    """Of HLO's weights the loop's body has 5 times 800 bytes in place of once."""
+    body = (128 + 128) + (128 + 128 + 512) + (128 + 512 + 512)
+    rest = (64 + 128 + 64 + 128) + (32 + 128)
+    assert loops_factor(HLO) == pytest.approx((5 * body + rest) / (body + rest))
+
+
+def test_asynchronous_collectives_are_counted():
+    assert async_pairs(HLO) == 1
+
+
+def test_what_a_tpu_compiler_says_of_memory_becomes_settings(tiny_config):
+    mesh = make_mesh()
+    parts = resolve(tiny_config(batch_size=16), mesh, 27)
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded …"
+    line = too_large(said, parts, mesh, 0.5)
+    assert line.startswith("out of memory: a step needs 20.00 GiB and a device has 15.75; ")
+    assert "batch_size=12, remat=block" in line
+    assert too_large("INTERNAL: no\nmore", parts, mesh, 0.5) == "the compiler refuses this step: INTERNAL: no"
 
 
 def test_bytes_per_device():

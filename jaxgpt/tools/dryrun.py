@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -18,21 +17,25 @@ from jaxgpt import UserError
 from jaxgpt.config import DataConfig, Parts, resolve
 from jaxgpt.data import corpus_folders
 from jaxgpt.keys import take
+from jaxgpt.metrics import memory_gib, peak_bytes, peak_flops
 from jaxgpt.models import count_params
 from jaxgpt.run.launchers import count_gpus
 from jaxgpt.sharding import AXES, BATCH_AXES, configured_mesh, data_shards, make_mesh
 from jaxgpt.step import TrainState, abstract_state, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, token_dtype
+from jaxgpt.tools import slices
+from jaxgpt.tools.estimate import step_bytes
 from jaxgpt.weights.opening import check_data, open_data, open_weights
 
 GPUS_PER_HOST = 8  # of described hosts
 
 
-def dry_run(config: ConfigDict, devices: int, checks: Sequence[Callable] = ()) -> int:
-    """Prints parameters, tokens per step, memory per device and collectives; then every problem, for a status of 2.
+def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] = ()) -> int:
+    """Prints parameters, tokens, memory, roofline and collectives of a step; then every problem, for a status of 2.
 
-    devices: of the described mesh; 0: the product of its sizes or, where one is -1, this machine's devices. Where those
-    are not this machine's they exist for the compiler alone. checks: what else may raise UserError.
+    devices: of the described mesh: their number, or a name as slices.parse takes it; 0: the product of its sizes or,
+    where one is -1, this machine's devices. Where they are not this machine's they exist for the compiler alone.
+    checks: what else may raise UserError.
     """
     if jax.distributed.is_initialized():
         raise UserError("dry_run describes all devices by itself; run it in one process")
@@ -45,9 +48,13 @@ def dry_run(config: ConfigDict, devices: int, checks: Sequence[Callable] = ()) -
             problems.append(str(error))
 
     sizes = [config[f"mesh_{axis}"] for axis in AXES]
-    devices = devices or (0 if -1 in sizes else math.prod(sizes))
-    described = 0 < devices != count_gpus()
-    found = describe_devices(devices) if described else jax.devices()
+    name, count = (slices.parse(devices), 0) if isinstance(devices, str) else (None, devices)
+    count = name.count if name else count or (0 if -1 in sizes else math.prod(sizes))
+    described = name is not None or 0 < count != count_gpus()
+    if name and name.kind in slices.TPUS:
+        found = slices.describe_tpus(name)
+    else:
+        found = describe_devices(count) if described else jax.devices()
     for check in checks:
         attempt(check)
     mesh = attempt(lambda: configured_mesh(config, found))
@@ -69,8 +76,9 @@ def dry_run(config: ConfigDict, devices: int, checks: Sequence[Callable] = ()) -
     eot = data.meta.eot if data else GPT2_VOCAB_SIZE - 1
     parts = attempt(lambda: resolve(fitting, where, vocab_size, eot))
     state = mesh and parts and attempt(lambda: abstract_state(parts, mesh))
-    if state:
-        print("\n".join(report(parts, mesh, state, described)))
+    lines = state and attempt(lambda: report(parts, mesh, state, described, name))
+    if lines:
+        print("\n".join(lines))
         if absent:
             print(f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed")
     for problem in problems:
@@ -91,8 +99,8 @@ def describe_devices(count: int) -> Sequence[Any]:
     return jax.devices()
 
 
-def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool) -> list[str]:
-    """Lines for people on the step compiled for this mesh."""
+def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool, name: slices.Name | None = None) -> list[str]:
+    """Lines for people on the step compiled for this mesh. Raises UserError where its devices' memory is too small."""
     model, data, shards = parts.model, parts.data, data_shards(mesh)
     micro_steps, rows = data.gradient_accumulation_steps // shards, data.batch_size * shards
     tokens = jax.ShapeDtypeStruct(
@@ -100,47 +108,75 @@ def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool) -> list
         token_dtype(model.vocab_size),
         sharding=NamedSharding(mesh, P(None, None, BATCH_AXES, None)),
     )
-    compiled = make_train_step(parts, mesh).lower(state, tokens).compile()
-    platform = mesh.devices.flat[0].platform
-    state_gib = bytes_per_device(state) / 2**30
-    if described and platform == "cpu":
+    lowered = make_train_step(parts, mesh).lower(state, tokens)
+    device, state_gib = mesh.devices.flat[0], bytes_per_device(state) / 2**30
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(too_large(str(error), parts, mesh, state_gib)) from None
+    hlo, kind = compiled.as_text(), name or device
+    if described and device.platform == "cpu":
         step_gib = step_bytes(parts, mesh, count_params(model, state.params, all=True)) / 2**30
         origin = "estimated for accelerators with fused attention"
     else:
         step_gib, origin = compiled.memory_analysis().temp_size_in_bytes / 2**30, "as compiled"
+    memory = memory_gib(kind)
+    need = state_gib + step_gib
+    room = "" if memory is None else f" of {memory:g} ({'fits' if need < memory else 'does not fit'})"
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    kind = f"{'described ' if described else ''}{mesh.devices.flat[0].device_kind}"
+    total = micro_steps * rows * model.block_size
     return [
-        f"{count_params(model, state.params):,} parameters, {micro_steps * rows * model.block_size:,} tokens per step: "
+        f"{count_params(model, state.params):,} parameters, {total:,} tokens per step: "
         f"{micro_steps} micro-steps of {rows} sequences of {model.block_size:,}",
-        f"mesh {shape} on {mesh.size} × {kind}, {model.dtype}, attention by {model.attention}",
-        f"memory per device: {state_gib + step_gib:.2f} GiB: state {state_gib:.2f}, step {step_gib:.2f} ({origin})",
+        f"mesh {shape} on {mesh.size} × {'described ' if described else ''}{device.device_kind}, {model.dtype}, "
+        f"attention by {model.attention}",
+        f"memory per device: {need:.2f} GiB{room}: state {state_gib:.2f}, step {step_gib:.2f} ({origin})",
+        *roofline(model.flops_per_token(state.params) * total / mesh.size, compiled, hlo, kind, device),
         *(
             f"{name} per step: {count:,} of {size / 1e6:,.1f} MB in all"
-            for name, (count, size) in sorted(collectives(compiled.as_text()).items())
+            for name, (count, size) in sorted(collectives(hlo).items())
         ),
+        *([f"asynchronous collectives: {pairs}"] if (pairs := async_pairs(hlo)) else []),
     ]
+
+
+def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> list[str]:
+    """A line on the least time that arithmetic and memory traffic take on a device of this kind, if that is known.
+
+    flops: of a step on a device, by the formula that MFU goes by. device: one that the step was compiled for.
+    """
+    peak, rate = peak_flops(kind), peak_bytes(kind)
+    if peak is None or rate is None:
+        return []
+    compute = f"{flops / 1e12:.2f} TFLOP per device and step, {1e3 * flops / peak:.1f} ms at {peak / 1e12:g} TFLOP/s"
+    if device.platform == "cpu":
+        return [f"{compute}; its memory traffic is not known, for lack of that device's compiler"]
+    size = compiled.cost_analysis()["bytes accessed"] * loops_factor(hlo)
+    seconds = max(flops / peak, size / rate)
+    return [
+        f"{compute}; {size / 1e9:.1f} GB of memory traffic, {1e3 * size / rate:.1f} ms at {rate / 1e9:g} GB/s: "
+        f"at least {1e3 * seconds:.1f} ms, MFU at most {100 * flops / peak / seconds:.0f}%"
+    ]
+
+
+def too_large(message: str, parts: Parts, mesh: Mesh, state_gib: float) -> str:
+    """What to say of a compiler's complaint, which is on memory as a rule: TPUs' checks it."""
+    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", message)
+    if not used:
+        return f"the compiler refuses this step: {message.splitlines()[0][:300]}"
+    need, there = (float(x) / (1 if unit == "G" else 1024) for x, unit in (used.groups()[:2], used.groups()[2:]))
+    size = max(1, math.floor(parts.data.batch_size * (there - state_gib) / max(need - state_gib, 1e-9)))
+    ways = [f"batch_size={size}"] if size < parts.data.batch_size and there > state_gib else []
+    ways += ["remat=block"] if parts.model.remat == "none" else []
+    return (
+        f"out of memory: a step needs {need:.2f} GiB and a device has {there:.2f}; lower it by "
+        f"{', '.join([*ways, 'a larger mesh_fsdp'])}"
+    )
 
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of a tree of arrays with shardings that each device holds."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def step_bytes(parts: Parts, mesh: Mesh | AbstractMesh, n_params: int) -> float:
-    """About what a step needs on a device besides the state, with kernels and fused attention, which keep no scores.
-
-    A token leaves 16 vectors of n_embd for the backward pass in each block: 2 inputs and 2 outputs of normalization, q,
-    k, v, the output of attention, 4 + 4 around GELU; with remat 2 and one block's 16; and its logits. Besides: the
-    parameters in the computation's dtype and, with micro-steps, a float32 sum of gradients. For GPT-2 124M at 64
-    sequences and 1.5B at 16 this gives 24.4 and 42.0 GiB, where XLA's memory analysis for an H200 says 25.6 and 42.5.
-    """
-    c, size, tensor = parts.model, jnp.dtype(parts.model.dtype).itemsize, mesh.shape["tensor"]
-    block = (6 + 10 / tensor) * c.n_embd  # normalization and the residual stream are whole on every device of tensor
-    kept = c.n_layer * block if c.remat == "none" else 2 * c.n_layer * c.n_embd + block
-    activations = parts.data.batch_size * c.block_size * size * (kept + c.padded_vocab_size / tensor)
-    sums = 4 if parts.data.gradient_accumulation_steps > data_shards(mesh) else 0
-    return activations + (size + sums) * n_params / tensor
 
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
@@ -152,12 +188,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     Bytes are those of the larger side on one device: the whole array, which an all-gather makes and a reduce-scatter
     takes. Bodies of loops count as often as the compiler knows them to run.
     """
-    computations: dict[str, list[re.Match]] = {}
-    for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY|%?[\w.\-]+) .*\{$", line):
-            computation = computations[header[1].lstrip("%")] = []
-        elif instruction := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line):
-            computation.append(instruction)
+    computations = _computations(hlo)
     found: dict[str, tuple[int, int]] = {}
 
     def count(computation: str, times: int) -> None:
@@ -178,6 +209,49 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
 
     count("ENTRY", 1)
     return found
+
+
+def async_pairs(hlo: str) -> int:
+    """How many of a compiled program's collectives have a start and an end apart, with work between them."""
+    started = re.findall(rf" (?:{KINDS})-start\(", hlo)
+    fused = re.findall(rf" async-start\(.*calls=%?[\w.\-]*(?:{KINDS})", hlo)
+    return len(started) + len(fused)
+
+
+def loops_factor(hlo: str) -> float:
+    """By how much the bytes of a compiled program exceed those that it has with each loop's body counted once.
+
+    XLA's cost analysis counts so. Here an instruction's bytes are those of its operands and results, as a weight.
+    """
+    computations = _computations(hlo)
+
+    def weigh(computation: str, looping: bool) -> float:
+        size_of, total = {}, 0.0
+        for instruction in computations.get(computation, ()):
+            result, shape, operation, rest = instruction.groups()
+            size_of[result] = _bytes(shape)
+            if operation == "while":
+                loop = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+                body = re.search(r"body=%?([\w.\-]+)", rest)
+                total += (int(loop[1]) if loop and looping else 1) * weigh(body[1], looping) if body else 0
+            elif operation not in ("parameter", "get-tuple-element", "tuple", "bitcast", "constant"):
+                operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+                total += size_of[result] + sum(size_of.get(x, 0) for x in operands)
+        return total
+
+    once = weigh("ENTRY", looping=False)
+    return weigh("ENTRY", looping=True) / once if once else 1.0
+
+
+def _computations(hlo: str) -> dict[str, list[re.Match]]:
+    """Each computation's instructions, as matches of (result, shape, operation, rest)."""
+    computations: dict[str, list[re.Match]] = {}
+    for line in hlo.splitlines():
+        if header := re.match(r"(ENTRY|%?[\w.\-]+) .*\{$", line):
+            computation = computations[header[1].lstrip("%")] = []
+        elif instruction := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line):
+            computation.append(instruction)
+    return computations
 
 
 def _bytes(shape: str) -> int:

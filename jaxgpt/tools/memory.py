@@ -10,7 +10,7 @@ from jaxgpt import UserError
 from jaxgpt.config import Parts
 from jaxgpt.models import abstract_params, count_params
 from jaxgpt.sharding import data_shards
-from jaxgpt.tools.dryrun import step_bytes
+from jaxgpt.tools.estimate import step_bytes
 
 
 def check_fits(compiled: Any, parts: Parts, mesh: Mesh, limit: int | None = None) -> None:
