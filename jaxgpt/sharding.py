@@ -113,7 +113,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
 
 def configured_mesh(config: Any, devices: Sequence | None = None) -> Mesh:
     """The mesh of a config's keys mesh_AXIS (config.DeviceConfig). Raises UserError as make_mesh."""
-    return make_mesh(*(config[f"mesh_{axis}"] for axis in AXES), devices=devices)
+    return make_mesh(**{axis: config[f"mesh_{axis}"] for axis in AXES}, devices=devices)
 
 
 def data_shards(mesh: Mesh | AbstractMesh) -> int:

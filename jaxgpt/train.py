@@ -221,11 +221,12 @@ def next_commands(config: ConfigDict, step: int, progress: Progress) -> list[str
     """How a run ended and what can be done with it, for people."""
     if progress.evaluated < config.max_iters:
         return [f"stopped at step {step} of {config.max_iters} and saved; to go on: --config.init_from=auto"]
-    out_dir = shlex.quote(config.out_dir)
+    out_dir, file = shlex.quote(config.out_dir), find_model(config.model)
+    model = f" --model={shlex.quote(file.name)}" if file.source else ""
     return [
         f"finished; the best val loss was {progress.best_val_loss:.4f}, at step {progress.best_step}; next:",
-        f"  python -m jaxgpt.sample --out_dir={out_dir}",
-        f"  python -m jaxgpt.evaluate --out_dir={out_dir}",
+        f"  python -m jaxgpt.sample --out_dir={out_dir}{model}",
+        f"  python -m jaxgpt.evaluate --out_dir={out_dir}{model}",
         f"  python -m jaxgpt.report {out_dir}",
     ]
 
