@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -614,7 +615,7 @@ while True:
 def spawn(code, *args, **env):
     env = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(1),
         "JAX_COMPILATION_CACHE_DIR": "",
         "PYTHONPATH": os.pathsep.join(sys.path),
         **env,
@@ -703,7 +704,7 @@ def test_two_processes_share_checkpoints_with_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = [spawn(PAIR, tmp_path, port, rank, XLA_FLAGS="--xla_force_host_platform_device_count=2") for rank in (0, 1)]
+    pair = [spawn(PAIR, tmp_path, port, rank, XLA_FLAGS=xla_flags(2)) for rank in (0, 1)]
     ends = [process.communicate(timeout=100) for process in pair]
     assert [out.splitlines()[-1:] for out, _ in ends] == [["done 0"], ["done 1"]], ends
     assert "checkpoint 3 passed over" in ends[0][1] and "passed over" not in ends[1][1], "only process 0 talks"

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -214,7 +215,7 @@ for shard in placed.addressable_shards:
 def test_two_processes_read_the_same_batch_each_its_half(folder):
     corpus = corpus_of(folder / "mesh", np.arange(5000), block_size=16)
     expected = Batches(corpus, seed=5, rows=48, block_size=16).rows_at(7).reshape(1, 3, 16, 17)
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4)}
     port = str(20_000 + os.getpid() % 10_000)
     command = [sys.executable, "-c", PROCESS]
     both = [

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import xla_flags
 
 from jaxgpt.cli import Parser
 from jaxgpt.config import default_config
@@ -200,7 +201,7 @@ def test_readmes_way_on_a_cpu(tmp_path):
     lines = re.sub(r"\\\n\s*", " ", "\n".join(re.findall(r"^```bash\n(.*?)^```$", section, re.M | re.S))).splitlines()
     ours = [line for line in lines if line.startswith("python -m jaxgpt.")]
     assert {line.split()[2] for line in ours} >= {f"jaxgpt.{name}" for name in ("prepare", "train", "sample", "plot")}
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}  # one device, as users have
     for line in ours:
         if "jaxgpt.prepare" in line:
             line += f" --input={tmp_path}/input.txt"

@@ -59,7 +59,7 @@ def test_a_stopped_run_saves_at_once_and_ends_in_the_same_bits(faults, folder):
 
 def test_two_processes_stop_together_and_a_sleeper_ends_both(faults, folder):
     faults.term(folder, times=1, **SHORT, processes=2)
-    faults.stall(folder, timeout=6.0, **SHORT, times=1)
+    faults.stall(folder, timeout=6.0, **SHORT, times=1, brief=True)
 
 
 def test_a_signal_to_a_process_group_saves(faults, tmp_path):
@@ -82,12 +82,12 @@ def test_no_line_is_lost_in_a_power_cut(faults, tmp_path):
         assert "loop" in str(error) or "mount" in str(error), error
 
 
-def test_entry_points_end_in_one_line(faults, tmp_path):
-    faults.entries(tmp_path, cases=8)
+def test_entry_points_end_in_one_line(faults, folder):
+    faults.entries(folder, cases=8, **SHORT)
 
 
-def test_harm_to_a_checkpoint_is_seen(faults, tmp_path):
-    faults.corrupt(tmp_path, flips=1, times=2)
+def test_harm_to_a_checkpoint_is_seen(faults, folder):
+    faults.corrupt(folder, flips=1, times=2, **SHORT)
 
 
 def test_bad_numbers_in_one_of_two_processes_change_nothing(faults, tmp_path):

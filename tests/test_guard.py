@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from conftest import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,12 @@ from jaxgpt.run.guard import Exit, RunLock, Stop, Watchdog, trim_jsonl
 
 
 def spawn(code, *args):
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": xla_flags(1),
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -183,9 +189,9 @@ def interleave(seed, folder, body):
 
 
 def test_two_starts_of_one_folder_are_one_run_and_one_refusal(tmp_path):
-    """200 orders of their system calls. Whoever is in sees whether there is a run; half of them wait for the other."""
+    """100 orders of their system calls. Whoever is in sees whether there is a run; half of them wait for the other."""
     outcomes = []
-    for seed in range(200):
+    for seed in range(100):
         run, told = tmp_path / str(seed), threading.Event()
 
         def body(index, lock, run=run, told=told, patience=0.05 * (seed % 2)):
@@ -204,7 +210,7 @@ def test_two_starts_of_one_folder_are_one_run_and_one_refusal(tmp_path):
         assert sorted(results) == ["ran", "refused"], (seed, results)
         assert [p.name for p in run.iterdir()] == ["config.json"]
         outcomes.append(results[0])
-    assert 20 < outcomes.count("ran") < 180, "both orders were tried"
+    assert 10 < outcomes.count("ran") < 90, "both orders were tried"
 
 
 def test_lock_where_nothing_can_be_written(tmp_path):
