@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from compiled import fresh_params, logits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from jaxgpt import UserError, convert, train
 from jaxgpt.config import default_config, save_config
 from jaxgpt.decoding import Generator, Sampling
 from jaxgpt.keys import take
-from jaxgpt.models import bind, find_model, init_params
+from jaxgpt.models import bind, find_model
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import make_mesh
@@ -73,7 +74,7 @@ def make_run(folder: Path, tokenizer, name: str, *, bias: bool, checkpoints=((1,
     gpt = GPTConfig(**shape, vocab_size=tokenizer.vocab_size)
     store = Checkpoints(folder)
     for step, loss in checkpoints:
-        params = jax.tree.map(lambda x: 5 * x, init_params(gpt, jax.random.key(step)))
+        params = jax.tree.map(lambda x: 5 * x, fresh_params(gpt, jax.random.key(step)))
         store.save(step, {"params": params, "opt_state": jnp.ones(3)}, {"val_loss": loss})
         assert store.wait()
     return gpt
@@ -197,7 +198,7 @@ def test_the_checkpoint_asked_for_is_the_one_written(tmp_path, which, step):
     tokenizer = CharTokenizer("abc")
     config = make_run(tmp_path / "run", tokenizer, "char", bias=True, checkpoints=((1, 1.0), (2, 1.5)))
     convert.main([f"--out_dir={tmp_path / 'run'}", f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={which}"])
-    expected = 5 * init_params(config, jax.random.key(step))["wte"]["embedding"][:3]
+    expected = 5 * fresh_params(config, jax.random.key(step))["wte"]["embedding"][:3]
     written = load_file(tmp_path / "hf" / "model.safetensors")["transformer.wte.weight"]
     np.testing.assert_array_equal(written, expected)
 
@@ -247,7 +248,7 @@ def make_bigram_run(folder: Path, file: Path) -> None:
     write_meta(folder, meta_for(tokenizer, "char"))
     shape = take(model.config, config, vocab_size=tokenizer.vocab_size)
     store = Checkpoints(folder)
-    store.save(20, {"params": init_params(shape, jax.random.key(1))}, {"val_loss": 1.25})
+    store.save(20, {"params": fresh_params(shape, jax.random.key(1))}, {"val_loss": 1.25})
     assert store.wait()
     rows = [{"step": 10, "val_loss": 2.0}, {"step": 20, "loss": 1.0, "mfu": 0.4}, {"step": 20, "val_loss": 1.25}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2')
@@ -268,9 +269,8 @@ def test_any_model_goes_out_as_safetensors_and_comes_back_to_the_bit(tmp_path, m
     changed = {k for k in first.run_config if first.run_config[k] != back.run_config[k]}
     assert changed == {"out_dir", "init_from", "data_dir", "eval_tasks"}
     assert "/home/me" not in Path("out/config.json").read_text() and "host" not in Path("out/config.json").read_text()
-    modules = [bind(model.config, model.params) for model in (first, out)]
-    tokens = jnp.array([[0, 1, 2, 4]])
-    np.testing.assert_array_equal(*[module.logits(module.hidden(tokens)[0]) for module in modules])
+    tokens = np.array([[0, 1, 2, 4]], np.int32)
+    np.testing.assert_array_equal(*[logits_of(model.config, model.params, tokens) for model in (first, out)])
 
 
 def test_a_runs_average_is_what_goes_out(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_a_runs_average_is_what_goes_out(tmp_path, monkeypatch):
     keys.update({name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")})
     keys.average_decay = 0.9
     save_config(keys, Path("run"))
-    params, average = (init_params(config, jax.random.key(i)) for i in (0, 1))
+    params, average = (fresh_params(config, jax.random.key(i)) for i in (0, 1))
     store = Checkpoints("run")
     for step, state in (1, {"params": params}), (2, {"params": params, "average": average}):
         store.save(step, state, {})
@@ -454,7 +454,7 @@ def test_mistakes_are_one_error_and_change_nothing(hf_folder, tmp_path, monkeypa
     Path("llama/config.json").write_text('{"model_type": "llama"}')
     Path("file").touch()
     config = make_run(Path("run"), CharTokenizer("abc"), "char", bias=True, checkpoints=())
-    store, params = Checkpoints("run"), init_params(config, jax.random.key(0))
+    store, params = Checkpoints("run"), fresh_params(config, jax.random.key(0))
     params["wpe"]["embedding"] = params["wpe"]["embedding"].at[0, 0].set(1e6)
     store.save(1, {"params": params}, {})
     assert store.wait()

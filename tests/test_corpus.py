@@ -82,7 +82,7 @@ def expected(gpt2_files) -> dict[str, list[int]]:
 # ---- The tokens
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("shard_tokens", [10_007, 10**8])
 def test_tokens_are_those_of_a_plain_loop(jsonl, expected, tmp_path, monkeypatch, workers, shard_tokens):
     if workers > 1 and shard_tokens == 10**8:
@@ -110,7 +110,7 @@ def blocks(text: str, limit: int) -> list[str]:
 
 
 @given(SPACED.map("".join), st.integers(1, 9))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
     """Wherever there is a place to cut, the parts' tokens are the whole's, in every kind of white space."""
     with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +131,7 @@ def test_long_documents_keep_their_tokens(gpt2_files, text, limit):
 
 
 @given(SPACED.map("".join), st.integers(1, 30), st.floats(0.01, 0.99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_files_are_read_in_parts(tmp_path_factory, text, limit, fraction):
     """However small the parts: one document, or at most two, of which the second has the last part of the text."""
     folder = tmp_path_factory.mktemp("parts")
@@ -260,14 +260,14 @@ def at_work(out: Path, since: float = 0.0) -> bool:
         return False
 
 
-def test_killed_at_ten_random_points(gpt2_files, tmp_path):
+def test_killed_at_random_points(gpt2_files, tmp_path):
     """Each run is killed (no signal handler runs) and the next goes on; finished shards stay as they are."""
     documents = DOCUMENTS * 8
     big = write_jsonl(tmp_path / "big.jsonl", documents)
     drawn = [sources._draw(i) < 0.01 for i in range(len(documents))]
     out, seen, rng = tmp_path / "out", {}, random.Random(1)
     kills = 0
-    while kills < 10:
+    while kills < 4:
         began, finished = time.time(), len(list(out.glob("*.bin")))
         child = start(big, out, workers=1 + kills % 2)
         while child.poll() is None and not at_work(out, began):

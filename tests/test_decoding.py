@@ -66,23 +66,6 @@ def test_greedy_equals_decoding_without_a_cache(kernels, doc_mask):
     assert got.tolist() == [want]
 
 
-@pytest.mark.parametrize("doc_mask", [-1, 40])
-def test_logits_with_and_without_a_cache(doc_mask):
-    """Whatever part of the tokens comes at once, the others one by one."""
-    config = dataclasses.replace(CONFIG, doc_mask=doc_mask)
-    model, tokens = bind(config, PARAMS), jax.random.randint(jax.random.key(2), (3, 12), 38, 42)
-    want = jax.jit(lambda tokens: model(tokens)[0])(tokens)
-    cached = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
-    for at_once in (1, 7):
-        logits, cache = cached(tokens[:, :at_once], config.empty_cache(3, 12))
-        parts = [logits]
-        for i in range(at_once, 12):
-            logits, cache = cached(tokens[:, i : i + 1], cache)
-            parts.append(logits)
-        assert np.abs(np.concatenate(parts, axis=1) - want).max() <= 1e-4
-        assert cache.length == 12
-
-
 @pytest.mark.parametrize("prompt_length", [12, 30])
 def test_long_prompt_is_cropped(generator, prompt_length):
     prompt = [int(i) for i in np.random.default_rng(0).integers(50, size=prompt_length)]

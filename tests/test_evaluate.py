@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from compiled import fresh_params
+from conftest import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
@@ -26,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from jaxgpt import UserError, evaluate
 from jaxgpt.config import default_config, save_config
 from jaxgpt.data import Corpus
-from jaxgpt.models import bind, init_params
+from jaxgpt.models import bind
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.scoring import scorer as scoring
@@ -285,7 +287,7 @@ def run(tmp_path_factory) -> Path:
     write_meta(folder, meta_for(CharTokenizer("abcdefgh \n"), "char"))
     checkpoints = Checkpoints(folder)
     for step, loss in ((10, 1.0), (20, 2.0)):
-        params = init_params(RUN, jax.random.key(step))
+        params = fresh_params(RUN, jax.random.key(step))
         checkpoints.save(step, {"params": params, "step": jnp.asarray(step)}, {"val_loss": loss})
         assert checkpoints.wait()
     return folder
@@ -294,7 +296,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("which, step", [("best", 10), ("latest", 20), (20, 20), (10, 10)])
 def test_a_run_opens_at_the_checkpoint_asked_for(run, which, step):
     model = open_model(str(run), mesh=make_mesh(2, 2, 2), dtype="float32", which=which)
-    jax.tree.map(np.testing.assert_array_equal, model.params, init_params(RUN, jax.random.key(step)))
+    jax.tree.map(np.testing.assert_array_equal, model.params, fresh_params(RUN, jax.random.key(step)))
     assert (model.step, model.config.vocab_size, model.config.attention) == (step, 10, "xla")
     assert model.tokenizer.decode(model.tokenizer.encode("bad head")) == "bad head"
 
@@ -390,7 +392,7 @@ def test_command_prints_a_table_or_json(trained, hellaswag_records, tmp_path, ca
     )
     assert "".join(of["val"][0]["text"]) == trained.bpe.decode(trained.held_out[1 : BLOCK + 1].tolist())
     # two processes of two devices each: the same to the bit, and the first alone prints
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHON": sys.executable}
+    env = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHON": sys.executable}
     both = [ROOT / "scripts" / "launch_local", "2", "jaxgpt.evaluate", *argv, "--json"]
     output = subprocess.run(both, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=100).stdout
     printed = [json.loads(line) for line in output.splitlines() if line.startswith("{")]

@@ -8,13 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import (
+    extended,
+    float64,
+    fresh_params,
+    influence,
+    logits_and_loss,
+    logits_of,
+    loss_and_grads,
+    loss_of,
+    random_params,
+    random_tokens,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxgpt.models.gpt2
 import jaxgpt.ops.attention
 from jaxgpt import UserError
-from jaxgpt.models import abstract_params, bind, count_params, init_params
+from jaxgpt.models import abstract_params, bind, count_params
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.ops.dropout import dropout, keep_mask
 
@@ -67,45 +79,6 @@ def numpy_loss(config, params, tokens, targets, keep=lambda x: x):
     return -np.take_along_axis(log_p, targets[..., None], -1).mean()
 
 
-def float64(params):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-
-# --- the model, compiled ---
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits_of(config, params, tokens):
-    return bind(config, params)(tokens)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def loss_of(config, params, tokens, targets, seed=None):
-    return bind(config, params).loss(tokens, targets, seed=seed)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def loss_and_grads(config, params, tokens, targets, seed=None):
-    return jax.value_and_grad(lambda p: bind(config, p).loss(tokens, targets, seed=seed))(params)
-
-
-def random_params(config: GPTConfig, seed: int = 0, std: float = 0.3):
-    """Large enough that no part of the model is nearly linear; garbage in the padding of the vocabulary."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, x):
-        around = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(around + std * rng.normal(size=x.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
-
-
-def random_tokens(config: GPTConfig, rows: int, time: int, seed: int = 0):
-    """Tokens and targets, (rows, time) each."""
-    rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.integers(config.vocab_size, size=(rows, time)), jnp.int32) for _ in range(2))
-
-
 # --- the same function ---
 
 SHAPES = [
@@ -119,7 +92,7 @@ SHAPES = [
 @pytest.mark.parametrize("config, rows, time", SHAPES)
 def test_logits_and_loss_are_those_of_the_reference(config, rows, time):
     params, (tokens, targets) = random_params(config), random_tokens(config, rows, time)
-    logits, loss = logits_of(config, params, tokens), loss_of(config, params, tokens, targets)
+    logits, loss = logits_and_loss(config, params, tokens, targets)
     assert logits.shape == (rows, time, config.vocab_size) and logits.dtype == loss.dtype == jnp.float32
     tokens, targets = np.asarray(tokens), np.asarray(targets)
     np.testing.assert_allclose(logits, numpy_logits(config, float64(params), tokens), atol=1e-4, rtol=0)
@@ -171,7 +144,7 @@ def test_recomputing_blocks_changes_nothing(rate):
 @pytest.mark.parametrize("dtype, within", [("bfloat16", 2e-2), ("float16", 5e-3)])
 def test_half_precision_is_close(dtype, within):
     """At the scale of a fresh model; and a halved mantissa costs a gradient its length and direction but little."""
-    params, (tokens, targets) = init_params(SMALL, jax.random.key(0)), random_tokens(SMALL, 8, 12)
+    params, (tokens, targets) = fresh_params(SMALL, jax.random.key(0)), random_tokens(SMALL, 8, 12)
     loss, grads = loss_and_grads(SMALL, params, tokens, targets)
     half_loss, half_grads = loss_and_grads(replace(SMALL, dtype=dtype), params, tokens, targets)
     np.testing.assert_allclose(half_loss, loss, rtol=within / 10)
@@ -190,14 +163,14 @@ def test_initial_loss_is_that_of_guessing():
     """Within 0.1 nats of ln(vocab), and no closer than the spread of initial logits, C · 0.02² / 2, lets it be."""
     for config in (SMALL, GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=4, n_embd=128)):
         tokens, targets = random_tokens(config, 16, config.block_size)
-        loss = loss_of(config, init_params(config, jax.random.key(1)), tokens, targets)
+        loss = loss_of(config, fresh_params(config, jax.random.key(1)), tokens, targets)
         assert abs(loss - math.log(config.vocab_size)) < 0.1
         assert loss - math.log(config.vocab_size) == pytest.approx(config.n_embd * 0.02**2 / 2, abs=0.02)
 
 
 def test_initial_statistics():
     config = GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=4, n_embd=64, bias=True)
-    for path, x in jax.tree_util.tree_leaves_with_path(init_params(config, jax.random.key(2))):
+    for path, x in jax.tree_util.tree_leaves_with_path(fresh_params(config, jax.random.key(2))):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name == "wte.embedding":
             assert not x[500:].any()
@@ -248,20 +221,20 @@ def test_more_tokens_than_positions_are_refused():
 # --- what a token does not see ---
 
 
-def influence(config, params, tokens):
-    """(T, T): how strongly the logits at each position depend on each position's embedding, through gradients."""
+def influences(config, tokens):
+    """(T, T): how strongly the logits of a row (1, T) at each position depend on each position's embedding."""
+    params = random_params(config)
 
-    def one(wpe, position):
-        return logits_of(config, {**params, "wpe": {"embedding": wpe}}, tokens)[0, position]
+    def logits(wpe):
+        return bind(config, {**params, "wpe": {"embedding": wpe}})(tokens)[0][0]
 
-    jacobian = jax.vmap(jax.jacrev(one), (None, 0))(params["wpe"]["embedding"], jnp.arange(tokens.shape[1]))
-    return np.abs(jacobian).sum((1, 3))[:, : tokens.shape[1]]
+    return influence(logits, params["wpe"]["embedding"])[:, : tokens.shape[1]]
 
 
 def test_no_gradient_flows_from_the_future():
     """Exactly zero from every later position, and from no earlier one: the whole mask, at once and for any input."""
     tokens, _ = random_tokens(SMALL, 1, 12)
-    sees = influence(SMALL, random_params(SMALL), tokens) > 0
+    sees = influences(SMALL, tokens) > 0
     assert np.array_equal(sees, np.tril(np.ones((12, 12), bool)))
 
 
@@ -281,7 +254,7 @@ def test_no_gradient_crosses_a_document(row):
     want = np.zeros((12, 12), bool)
     for part in documents(row, 0):
         want[part, part] = True
-    sees = influence(config, random_params(config), jnp.asarray([row])) > 0
+    sees = influences(config, jnp.asarray([row])) > 0
     assert np.array_equal(sees, np.tril(want))
 
 
@@ -310,11 +283,10 @@ def test_the_cache_changes_nothing(doc_mask):
     """A prompt, then tokens one by one, across documents' ends too, give the logits of the whole at once."""
     config = replace(SMALL, doc_mask=doc_mask)
     params, tokens = random_params(config), jnp.asarray(PACKED)
-    extend = jax.jit(lambda params, tokens, cache: bind(config, params)(tokens, cache=cache))
-    logits, cache = extend(params, tokens[:, :4], config.empty_cache(2, 16))
+    logits, cache = extended(config, params, tokens[:, :4], config.empty_cache(2, 16))
     pieces = [logits]
     for i in range(4, 12):
-        logits, cache = extend(params, tokens[:, i : i + 1], cache)
+        logits, cache = extended(config, params, tokens[:, i : i + 1], cache)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), logits_of(config, params, tokens), atol=1e-4)
 

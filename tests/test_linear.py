@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import fresh_params
 from test_ops import normal
 
 from jaxgpt.config import resolve
-from jaxgpt.models import bind, init_params
+from jaxgpt.models import bind
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.ops import launch
 from jaxgpt.ops.activation import activate
@@ -118,7 +119,7 @@ def test_where_the_backend_is_gone_all_runs_plain(without_triton):
 
     def run(kernels, matmul_dtype):
         model = GPTConfig(**config, kernels=kernels, matmul_dtype=matmul_dtype)
-        params = init_params(model, jax.random.key(0))
+        params = fresh_params(model, jax.random.key(0))
         loss = jax.value_and_grad(lambda p: bind(model, p).loss(tokens[:, :-1], tokens[:, 1:], seed=jnp.uint32(1)))
         cache = model.empty_cache(1, 8)
         return jax.jit(loss)(params), jax.jit(lambda: bind(model, params)(tokens[:, :1], cache=cache))()

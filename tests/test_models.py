@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import extended, fresh_params, logits_of
 from flax import nnx
 
 import jaxgpt.models
@@ -220,34 +221,26 @@ def test_a_strangers_accumulation_is_one_batch(config_of, optimizer):
     np.testing.assert_allclose(by_sum, by_multisteps, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_cache_changes_nothing(name):
+def test_a_strangers_cache_changes_nothing():
     """Logits of a sequence at once, and in parts through the cache."""
-    config = tiny(name)
-    params = init_params(config, jax.random.key(1))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(VOCAB, size=(3, 12)), jnp.int32)
-    model = bind(config, params)
-
-    def logits(x):
-        return model.logits(x).reshape(3, -1, VOCAB)
-
-    whole = logits(model.hidden(tokens)[0])
+    config = tiny(STRANGER)
+    params = fresh_params(config, jax.random.key(1))
+    tokens = np.random.default_rng(0).integers(VOCAB, size=(3, 12), dtype=np.int32)
     cache, parts = config.empty_cache(3, 16), []
     for lo, hi in ((0, 5), (5, 6), (6, 12)):
-        x, cache = model.hidden(tokens[:, lo:hi], cache=cache)
-        parts.append(logits(x))
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
+        logits, cache = extended(config, params, tokens[:, lo:hi], cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), logits_of(config, params, tokens), atol=2e-5)
     assert int(cache.length) == 12
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_token_sees_nothing_after_it(name):
-    """Gradients of a position's logits with respect to later tokens' embeddings are zero."""
-    config = tiny(name)
-    params = init_params(config, jax.random.key(1))
-    one = jnp.asarray(np.random.default_rng(0).integers(VOCAB, size=(1, 12)), jnp.int32)
-    other = one.at[0, 8:].set((one[0, 8:] + 1) % VOCAB)
-    a, b = (bind(config, params).hidden(tokens)[0].reshape(12, -1) for tokens in (one, other))
+def test_a_strangers_token_sees_nothing_after_it():
+    """Other tokens from the ninth on change no logits before it."""
+    config = tiny(STRANGER)
+    params = fresh_params(config, jax.random.key(1))
+    one = np.random.default_rng(0).integers(VOCAB, size=(1, 12), dtype=np.int32)
+    other = np.where(np.arange(12) < 8, one, (one + 1) % VOCAB)
+    a, b = (np.asarray(logits_of(config, params, tokens))[0] for tokens in (one, other))
     np.testing.assert_array_equal(a[:8], b[:8])
     assert not np.array_equal(a[8:], b[8:])
 
@@ -306,6 +299,13 @@ def test_it_evaluates_samples_and_benches(trained, arguments, token_folder, tmp_
     assert one == two and one.startswith("ab") and len(one.strip("\n")) == 32
     bench.main([*arguments(tmp_path / "none"), "--steps=1"])
     assert json.loads(capfd.readouterr().out)["params"] > 0
+
+
+def test_what_comes_next_names_its_file():
+    config = default_config(STRANGER)
+    _, *after, report = train.next_commands(config, 9, train.Progress(evaluated=config.max_iters))
+    assert len(after) == 2 and all(line.endswith(f" --out_dir=out --model={STRANGER}") for line in after)
+    assert "--model" not in report + "".join(train.next_commands(default_config(), 9, train.Progress()))
 
 
 def test_a_dry_run_describes_it(arguments, tmp_path, capfd):

@@ -1,16 +1,27 @@
 """The modern model against a second one, written here in numpy and float64; what it must not see; cache, meshes."""
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import (
+    extended,
+    float64,
+    fresh_params,
+    influence,
+    logits_and_loss,
+    logits_of,
+    loss_and_grads,
+    loss_of,
+    random_params,
+    random_tokens,
+)
 
 from jaxgpt import UserError
-from jaxgpt.models import abstract_params, bind, count_params, find_model, init_params, roles
+from jaxgpt.models import abstract_params, bind, count_params, find_model, roles
 from jaxgpt.models.modern import QK_SCALE, ModernConfig
 
 SMALL = ModernConfig(block_size=12, vocab_size=27, n_layer=3, n_head=2, n_embd=16, value_embeds=1)
@@ -67,35 +78,6 @@ def numpy_loss(config, params, tokens, targets):
     return -np.take_along_axis(log_p, targets[..., None], -1).mean()
 
 
-def float64(params):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-
-# --- the model, compiled ---
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits_of(config, params, tokens):
-    return bind(config, params)(tokens)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def loss_and_grads(config, params, tokens, targets, seed=None):
-    return jax.value_and_grad(lambda p: bind(config, p).loss(tokens, targets, seed=seed))(params)
-
-
-def random_params(config: ModernConfig, seed: int = 0, std: float = 0.3):
-    """Large enough that no part of the model is nearly linear; garbage in the padding of the vocabulary."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), jnp.float32), abstract_params(config))
-
-
-def random_tokens(config: ModernConfig, rows: int, time: int, seed: int = 0):
-    """Tokens and targets, (rows, time) each."""
-    rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.integers(config.vocab_size, size=(rows, time)), jnp.int32) for _ in range(2))
-
-
 # --- the same function ---
 
 OPTIONS = [
@@ -116,7 +98,7 @@ OPTIONS = [
 def test_logits_and_loss_are_those_of_the_reference(options):
     config = replace(SMALL, **options)
     params, (tokens, targets) = random_params(config), random_tokens(config, 3, 12)
-    logits, (loss, _) = logits_of(config, params, tokens), loss_and_grads(config, params, tokens, targets)
+    logits, loss = logits_and_loss(config, params, tokens, targets)
     assert logits.shape == (3, 12, config.vocab_size) and logits.dtype == loss.dtype == jnp.float32
     tokens, targets = np.asarray(tokens), np.asarray(targets)
     np.testing.assert_allclose(logits, numpy_logits(config, float64(params), tokens), atol=1e-4, rtol=0)
@@ -165,17 +147,17 @@ def test_recomputing_blocks_changes_nothing(rate):
 def test_dropout_needs_a_seed_and_draws_by_it():
     config = replace(SMALL, dropout=0.3)
     params, (tokens, targets) = random_params(config), random_tokens(config, 2, 12)
-    losses = [loss_and_grads(config, params, tokens, targets, seed)[0] for seed in (None, *map(jnp.uint32, (1, 1, 2)))]
-    assert losses[0] == loss_and_grads(SMALL, params, tokens, targets)[0]
+    losses = [loss_of(config, params, tokens, targets, seed) for seed in (None, *map(jnp.uint32, (1, 1, 2)))]
+    assert losses[0] == loss_of(SMALL, params, tokens, targets)
     assert losses[1] == losses[2] and len({float(x) for x in losses}) == 3
 
 
 def test_a_sampled_softmax_is_for_training_alone():
     config = replace(SMALL, vocab_size=1000, sampled_softmax=128)
     params, (tokens, targets) = random_params(config, std=0.1), random_tokens(config, 2, 12)
-    exact = loss_and_grads(replace(config, sampled_softmax=0), params, tokens, targets)[0]
-    assert config.stochastic and loss_and_grads(config, params, tokens, targets)[0] == exact
-    drawn = [float(loss_and_grads(config, params, tokens, targets, jnp.uint32(seed))[0]) for seed in range(3)]
+    exact = loss_of(replace(config, sampled_softmax=0), params, tokens, targets)
+    assert config.stochastic and loss_of(config, params, tokens, targets) == exact
+    drawn = [float(loss_of(config, params, tokens, targets, jnp.uint32(seed))) for seed in range(3)]
     assert len(set(drawn)) == 3 and np.allclose(drawn, exact, atol=0.1)
 
 
@@ -184,7 +166,7 @@ def test_a_sampled_softmax_is_for_training_alone():
 
 def test_it_begins_by_guessing():
     """With zero projections and a zero head every token is as likely, and the gradient of the head is the only one."""
-    params, (tokens, targets) = init_params(SMALL, jax.random.key(0)), random_tokens(SMALL, 2, 12)
+    params, (tokens, targets) = fresh_params(SMALL, jax.random.key(0)), random_tokens(SMALL, 2, 12)
     loss, grads = loss_and_grads(SMALL, params, tokens, targets)
     assert loss == pytest.approx(math.log(27), abs=1e-5)
     moved = {path[0].key for path, x in jax.tree_util.tree_leaves_with_path(grads) if jnp.any(x != 0)}
@@ -228,21 +210,15 @@ def test_impossible_shapes_are_named(wrong, message):
 # --- what it must not see ---
 
 
-def influence(config, params, tokens):
-    """|d logits at t / d embedding at s|, (T, T), of one row."""
-    table = params["wte"]["embedding"][tokens[0]]
-
-    def logits(rows):
-        own = jax.tree.map(lambda x: x, params)
-        own["wte"] = {"embedding": jnp.concatenate([rows, jnp.zeros((config.padded_vocab_size - len(rows), 16))])}
-        return bind(config, own)(jnp.arange(len(rows))[None])[0][0]
-
-    return np.abs(np.asarray(jax.jacrev(logits)(table))).sum((1, 3))
-
-
 def test_no_gradient_flows_from_the_future():
     config = replace(SMALL, value_embeds=0)
-    found = influence(config, random_params(config), random_tokens(config, 1, 12)[0])
+    params, (tokens, _) = random_params(config), random_tokens(config, 1, 12)
+
+    def logits(rows):
+        table = jnp.concatenate([rows, jnp.zeros((config.padded_vocab_size - len(rows), 16))])
+        return bind(config, {**params, "wte": {"embedding": table}})(jnp.arange(len(rows))[None])[0][0]
+
+    found = influence(logits, params["wte"]["embedding"][tokens[0]])
     past = np.tril(np.ones((12, 12), bool))
     assert (found[past] > 0).all() and (found[~past] == 0).all()
 
@@ -265,13 +241,9 @@ def test_the_cache_changes_nothing(doc_mask, options):
     params, (tokens, _) = random_params(config), random_tokens(config, 2, 12)
     whole = logits_of(config, params, tokens)
 
-    @jax.jit
-    def step(cache, tokens):
-        return bind(config, params)(tokens, cache=cache)
-
     cache, parts = config.empty_cache(2, 12), []
     for start, end in [(0, 5), *((i, i + 1) for i in range(5, 12))]:
-        logits, cache = step(cache, tokens[:, start:end])
+        logits, cache = extended(config, params, tokens[:, start:end], cache)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
 

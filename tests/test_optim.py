@@ -11,13 +11,14 @@ import numpy as np
 import optax
 import pytest
 import torch
+from compiled import fresh_params
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
 from jaxgpt.config import load_preset
 from jaxgpt.keys import take
-from jaxgpt.models import Role, abstract_params, init_params, roles
+from jaxgpt.models import Role, abstract_params, roles
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.optim import (
     FIRST_MOMENTUM,
@@ -413,7 +414,7 @@ TINY = GPTConfig(block_size=4, vocab_size=128, n_layer=2, n_head=2, n_embd=16)
 
 @functools.cache
 def tiny_params():
-    return init_params(TINY, jax.random.key(0))
+    return fresh_params(TINY, jax.random.key(0))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import fresh_params, logits_of
 
 from jaxgpt import UserError, sample
 from jaxgpt.cli import run_main
 from jaxgpt.config import save_config
-from jaxgpt.models import bind, init_params
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sample import SEPARATOR, write_samples
@@ -30,7 +30,7 @@ def run(tmp_path_factory, tiny_config) -> Path:
     save_config(tiny_config(out_dir=str(folder)), folder)
     write_meta(folder, meta_for(CharTokenizer("abcdefghijklmnopqrstuvwxyz "), "char"))
     checkpoints = Checkpoints(folder)
-    checkpoints.save(0, {"params": init_params(MODEL, jax.random.key(0))}, {})
+    checkpoints.save(0, {"params": fresh_params(MODEL, jax.random.key(0))}, {})
     checkpoints.close()
     return folder
 
@@ -100,9 +100,10 @@ def test_json_lines_in_and_out(run, capsys, tmp_path):
     tokens = model.tokenizer.encode("hello") + rows[0]["tokens"]
     assert model.tokenizer.decode(tokens) == plain[0]
     for i, logprob in enumerate(rows[0]["logprobs"], start=5):
-        seen = jax.numpy.array([tokens[max(0, i - MODEL.block_size) : i]], "int32")
-        logits = bind(model.config, model.params)(seen)[0][0, -1, :27]
-        assert logprob == pytest.approx(np.asarray(jax.nn.log_softmax(logits))[tokens[i]], abs=2e-5)
+        seen = tokens[max(0, i - MODEL.block_size) : i]
+        padded = np.array([seen + [0] * (MODEL.block_size - len(seen))], np.int32)  # of one length: one program
+        logits = np.asarray(logits_of(model.config, model.params, padded), np.float64)[0, len(seen) - 1]
+        assert logprob == pytest.approx(logits[tokens[i]] - np.log(np.exp(logits).sum()), abs=2e-5)
 
     stop = rows[0]["text"][20:22]
     (row, *_) = [json.loads(line) for line in output(capsys, run, *arguments, f"--stop={stop}").splitlines()]

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import loss_and_grads, loss_of
 from jax.sharding import AxisType
 
 import jaxgpt.step
 from jaxgpt import UserError
 from jaxgpt.config import resolve
-from jaxgpt.models import bind, init_params
 from jaxgpt.sharding import AXES
 from jaxgpt.step import (
     LossScale,
@@ -115,9 +115,8 @@ def test_the_update_is_the_optimizers_for_the_mean_gradient(setup):
     """The step against its parts, each tested alone: gradient of the mean loss of all rows, one optimizer update."""
     s, tokens = setup(), random_tokens(1, 2, 8, 17)
     state, metrics = s.run(tokens)
-    params = init_params(s.model, random_key(s.config.seed, "init"))
-    rows = jnp.asarray(tokens.reshape(16, 17), jnp.int32)
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: bind(s.model, p).loss(rows[:, :-1], rows[:, 1:])))(params)
+    params, rows = s.initial.params, tokens.reshape(16, 17).astype(np.int32)
+    loss, grads = loss_and_grads(s.model, params, rows[:, :-1], rows[:, 1:])
     norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(metrics["loss"], [loss], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], [norm], rtol=1e-4)
@@ -308,8 +307,8 @@ def test_evaluation_is_the_loss_without_dropout(setup):
     params, tokens = s.state().params, random_tokens(1, 3, 8, 17)
     losses = make_eval_step(s.model, s.mesh)(params, tokens)
     for i in range(3):
-        rows = jnp.asarray(tokens[0, i], jnp.int32)
-        want = bind(setup().model, params).loss(rows[:, :-1], rows[:, 1:])
+        rows = tokens[0, i].astype(np.int32)
+        want = loss_of(setup().model, params, rows[:, :-1], rows[:, 1:])
         np.testing.assert_allclose(losses[i], want, rtol=1e-5)
 
 

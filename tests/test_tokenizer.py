@@ -193,7 +193,7 @@ MIXED = st.lists(st.sampled_from(PIECES) | st.characters() | st.text("ab ", max_
 
 
 @given(MIXED)
-@settings(max_examples=2000)
+@settings(max_examples=400)
 def test_the_fast_tokens_are_the_same(fast, text):
     assert fast.encode_array(text).tolist() == gpt2().encode_array(text).tolist()
 
@@ -299,7 +299,7 @@ TEXTS = st.lists(st.tuples(WORDS | SPECIAL | TEXT, SPACES).map("".join), max_siz
 
 
 @given(VARIANTS, TEXTS, st.integers(20, 200))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_parts_of_a_document_have_the_tokens_of_the_whole(tokenizer, text, limit):
     """For every kind of tokenizer: pieces as a corpus is cut, each encoded with the text around it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -311,7 +311,7 @@ def test_parts_of_a_document_have_the_tokens_of_the_whole(tokenizer, text, limit
 
 
 @given(VARIANTS, TEXTS)
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_ordinary_text_has_no_special_tokens(tokenizer, text):
     """Not those of the text's own words, however the file has them; `special` asks for them. And no more than that."""
     ids = tokenizer.encode(text)
@@ -324,7 +324,7 @@ def test_ordinary_text_has_no_special_tokens(tokenizer, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(TEXTS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_ordinary_text_is_encoded_as_by_the_library(kind, text):
     """Where no word of it is a special token: the ids that `tokenizers` gives for the file without those additions."""
     for name in ("<|endoftext|>", "<unk>", "<0x"):
@@ -334,7 +334,7 @@ def test_ordinary_text_is_encoded_as_by_the_library(kind, text):
 
 
 @given(VARIANTS, TEXTS, TEXTS, st.lists(st.integers(1, 9), max_size=9))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_a_continuation_is_the_whole_less_the_prompt(tokenizer, prompt, text, sizes):
     """In any portions, and with whatever spaces the decoder puts between the two."""
     prompt_ids, ids = tokenizer.encode(prompt, special=True), tokenizer.encode(prompt + " " + text)
@@ -580,7 +580,7 @@ def test_hostile_pickle_is_refused(tmp_path):
 
 
 @given(st.binary(max_size=40), st.integers(0, 200), st.sampled_from(["meta.json", "meta.pkl"]))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_damaged_meta_is_a_user_error(tmp_path_factory, junk, place, name):
     """Junk written anywhere into a good file: still good, or a UserError; never another exception."""
     folder = tmp_path_factory.mktemp("meta")
