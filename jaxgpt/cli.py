@@ -63,12 +63,13 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].partition("=")[0]
-            if name.startswith("--config.") and self.unknown_key:
-                known = [x.removeprefix("--config.") for x in self._option_string_actions if x.startswith("--config.")]
-                raise UserError(self.unknown_key(name.removeprefix("--config."), known))
             if f"--config.{name.lstrip('-')}" in self._option_string_actions:
                 raise UserError(f"unknown argument {name}; keys of the config are written --config.{name.lstrip('-')}")
-            raise UserError(f"unknown argument {name}{nearest(name, self._option_string_actions)}")
+            near = nearest(name, self._option_string_actions)
+            if self.unknown_key and (name.startswith("--config.") or not near):
+                known = [x.removeprefix("--config.") for x in self._option_string_actions if x.startswith("--config.")]
+                raise UserError(self.unknown_key(name.lstrip("-").removeprefix("config."), known))
+            raise UserError(f"unknown argument {name}{near}")
         return args
 
 

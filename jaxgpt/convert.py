@@ -1,4 +1,4 @@
-"""Models of others to runs, and runs to folders for others.
+"""Imports a model as a run, or exports a run's model.
 
     python -m jaxgpt.convert --from_hf=gpt2 --out_dir=out-gpt2
     python -m jaxgpt.convert --from_nanogpt=nanoGPT/out/ckpt.pt --data_dir=nanoGPT/data/shakespeare_char --out_dir=out

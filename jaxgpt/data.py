@@ -113,7 +113,7 @@ class Corpus:
         if len(corpus) < block_size + 1:
             raise UserError(
                 f"{paths[0]}: {split} has {len(corpus):,} tokens, fewer than one window of block_size + 1 = "
-                f"{block_size + 1:,}; use more text or a smaller block_size"
+                f"{block_size + 1:,}; use more text, a smaller block_size, or for val prepare's --val_fraction"
             )
         if len(corpus) * width <= DIGEST_LIMIT_BYTES:
             corpus.verify()

@@ -170,10 +170,23 @@ class Stopwatch:
 
 
 def check_trackers(config: ConfigDict) -> None:
-    """Raises UserError if a tracker is asked for that is not installed."""
+    """Raises UserError if a tracker is asked for that is not installed, or W&B without a key that it accepts."""
     for key, module in (("tensorboard_log", "tensorboard"), ("wandb_log", "wandb")):
         if config[key]:
             optional(module, "jaxgpt[track]", key)
+    if config.wandb_log and not jax.process_index():
+        with wandb_errors() as wandb:
+            wandb.login()  # on a terminal it asks for a key that is missing
+
+
+@contextlib.contextmanager
+def wandb_errors() -> Iterator[Any]:
+    """The module; what it raises within becomes a UserError."""
+    wandb = optional("wandb", "jaxgpt[track]", "wandb_log")
+    try:
+        yield wandb
+    except wandb.Error as error:
+        raise UserError(f"wandb_log: {error}") from None
 
 
 def bar_hidden() -> bool | None:
@@ -229,13 +242,10 @@ class Reporter:
             self._closing.enter_context(self._surviving("TensorBoard"))
             self._closing.callback(self._board.close)
         if config.wandb_log:
-            wandb = optional("wandb", "jaxgpt[track]", "wandb_log")
             known = {"id": run_id, "resume": "allow"} if run_id else {}
             how = {"project": config.wandb_project, "name": config.wandb_run_name, "config": config.to_dict()}
-            try:
+            with wandb_errors() as wandb:
                 self._wandb = wandb.init(**how, **known)
-            except wandb.Error as e:
-                raise UserError(f"wandb_log: {e}") from None
             self._closing.enter_context(self._surviving("W&B"))
             self._closing.callback(self._wandb.finish)
         self._began = time.monotonic() - _seconds_so_far(folder / "metrics.jsonl")

@@ -120,17 +120,17 @@ OPTIMIZERS: dict[str, Callable[["OptimizerConfig"], dict[str, Group]]] = {"adamw
 class OptimizerConfig:
     """Optimizer: its update rules, rates and schedules. Raises UserError on values that make no optimizer."""
 
-    optimizer: str = key("adamw", "adamw | muon: matrices by Muon, all else by Adam", choices=OPTIMIZERS)
-    learning_rate: float = key(6e-4, "highest learning rate; of muon: the matrices'")
+    optimizer: str = key("adamw", "muon: matrices by Muon, all else by Adam", choices=OPTIMIZERS)
+    learning_rate: float = key(6e-4, "highest learning rate; muon: of matrices")
     max_iters: int = key(600_000, "optimizer steps in the whole run", least=1)
-    weight_decay: float = key(1e-1, "weight decay, times the rate; of muon: the matrices', where the update agrees")
+    weight_decay: float = key(
+        1e-1, "decoupled, times the learning rate; muon: of matrices, where update and parameter have one sign"
+    )
     beta1: float = key(0.9, "Adam's decay of the gradients' mean", below=1)
     beta2: float = key(0.95, "Adam's decay of the gradients' mean square", below=1)
     grad_clip: float = key(1.0, "largest global gradient norm; 0: no clipping")
     decay_lr: bool = key(True, "false: a constant learning rate from the first step")
-    lr_schedule: str = key(
-        "cosine", "after the warm-up: cosine | constant | linear (constant, then a linear cooldown)", choices=SCHEDULES
-    )
+    lr_schedule: str = key("cosine", "after the warm-up; linear: constant, then a linear cooldown", choices=SCHEDULES)
     warmup_iters: int = key(2000, "steps over which the rate rises")
     lr_decay_iters: int = key(600_000, "step at which the rate has fallen to min_lr")
     min_lr: float = key(6e-5, "lowest learning rate; other groups' fall in proportion")
@@ -141,14 +141,14 @@ class OptimizerConfig:
     momentum: float = key(0.95, "muon: decay of the gradients' mean, Nesterov's", below=1)
     momentum_warmup_iters: int = key(0, "muon: steps over which momentum rises from 0.85")
     accumulation: str = key(
-        "auto", "of gradients over micro-steps: auto | multisteps (optax.MultiSteps) | sum",
+        "auto", "of gradients over micro-steps; multisteps: optax.MultiSteps; sum: in one scan",
         choices=("auto", "multisteps", "sum"),
     )  # fmt: skip
     average_decay: float = key(
         0.0, "decay of a running average of the parameters, which is then evaluated and sampled; 0: none", below=1
     )
     spike_threshold: float = key(
-        0.0, "drop a step whose loss or gradient norm is this many standard deviations up; 0: none"
+        0.0, "drop a step whose loss or gradient norm is this many standard deviations above its mean; 0: none"
     )
 
     def __post_init__(self):

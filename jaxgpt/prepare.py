@@ -4,6 +4,7 @@ Without --out_dir the tokens go to data/NAME of the working folder, where `--con
 """
 
 import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from jaxgpt.cli import nearest, run_main
 
 def main(argv: Sequence[str]) -> None:
     scripts = {Path(name).parent.name: path for name, path in shipped("data/*/prepare.py").items()}
-    name, *rest = argv or [""]
+    if not argv:
+        raise UserError(f"name a corpus: python -m jaxgpt.prepare NAME; NAME is one of {', '.join(scripts)}")
+    name, *rest = argv
     if name in ("-h", "--help"):
         print(f"{__doc__}\nNAME is one of {', '.join(scripts)}; NAME --help lists its arguments.")
         return
     if name not in scripts:
-        near = nearest(name, scripts) if name else ""
-        raise UserError(f"there is no corpus {name!r} to prepare{near}; NAME is one of {', '.join(scripts)}")
+        others = f"{nearest(name, scripts)}; NAME is one of {', '.join(scripts)}"
+        raise UserError(f"there is no corpus {name!r} to prepare{others}")
     script = runpy.run_path(str(scripts[name]))
+    sys.argv[0] = f"python -m jaxgpt.prepare {name}"  # what argparse calls the program
     script["main"](rest, Path("data", name))
 
 

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
     add("--jsonl", action="store_true", help="write a JSON object for each sample: prompt, text, tokens, logprobs (of "
         "the tokens, in nats, under the model itself: temperature 1, all tokens), seed, sample")  # fmt: skip
-    add("--num_samples", type=integer, help="samples to draw; default: 10, of each of several prompts 1")
+    add("--num_samples", type=integer, help="samples of each prompt; default: 10 of --start, else 1")
     add("--max_new_tokens", type=integer, default=500, help="tokens in each")
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--top_k", type=integer, default=200, help="draw from the k likeliest alone; 0: from all")

@@ -344,7 +344,7 @@ def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: i
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
         f"{count_params(model, state.params):,} parameters, {data.tokens_per_step:,} tokens per step, "
-        f"{data.micro_steps} micro-steps",
+        f"{data.micro_steps} micro-step{'s' * (data.micro_steps != 1)}",
         f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {shape}, {model.dtype}",
         f"{paths.describe(taken)}{memory_limit()}",
         f"{'resuming at' if step else 'starting at'} step {step} of {parts.optimizer.max_iters}, in {run.out_dir}",

@@ -156,6 +156,8 @@ def test_flags_override_the_preset():
         (["--config.qqqqqq=3"], "there is no key qqqqqq; python -m jaxgpt.train --help lists the keys"),
         (["--n_layer=3"], "unknown argument --n_layer; keys of the config are written --config.n_layer"),
         (["n_layer=3"], "unknown argument n_layer"),
+        (["--compile=False"], "there is no key compile: every step is compiled"),
+        (["--config.lr=1"], "there is no key lr: use learning_rate"),
         (["--config.n_layer=four"], "--config.n_layer: invalid integer value: 'four'"),
         (["--config.n_layer=2.5"], "invalid integer value: '2.5'"),
         (["--config.n_layer"], "expected one argument"),

@@ -156,6 +156,17 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(file), f"{page.name}: #{anchor} is no heading of {file.name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_and_module_that_is_named_exists(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for code in re.findall(r"`([^`\s]+)`", text):
+        if re.fullmatch(r"jaxgpt(\.\w+)+", code):
+            module, _, name = code.rpartition(".")
+            assert hasattr(importlib.import_module(module), name) or importlib.util.find_spec(code), code
+        elif re.fullmatch(r"(configs|docs|jaxgpt|ops|run|scripts|tests|tools|weights)/[\w./]{5,}", code):
+            assert (ROOT / code).exists() or (ROOT / "jaxgpt" / code).exists(), code
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     for path in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.ipynb")]:

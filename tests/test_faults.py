@@ -261,6 +261,7 @@ def test_secrets_reach_no_file_and_no_console(tiny_config, tmp_path, monkeypatch
         log = staticmethod(lambda *args, **kwargs: told.append((args, kwargs)))
         finish = staticmethod(lambda: None)
 
+    seen.login = lambda: True  # pyright: ignore
     seen.init = lambda **kwargs: told.append(kwargs) or Tracker()  # pyright: ignore
     seen.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", seen)

@@ -205,12 +205,15 @@ def test_wandb(tmp_path, tiny_config, monkeypatch):
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path, tiny_config, monkeypatch):
+    """And it comes before anything is compiled or written."""
     wandb = types.ModuleType("wandb")
     wandb.Error = type("Error", (Exception,), {})
-    wandb.init = mock.Mock(side_effect=wandb.Error("No API key configured. Use `wandb login` to log in."))
+    refused = mock.Mock(side_effect=wandb.Error("No API key configured. Use `wandb login` to log in."))
+    wandb.login = wandb.init = refused
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with pytest.raises(UserError, match="wandb_log: No API key configured. Use `wandb login`"):
-        Reporter(tmp_path, tiny_config(wandb_log=True), first_step=0)
+    for start in (check_trackers, lambda config: Reporter(tmp_path, config, first_step=0)):
+        with pytest.raises(UserError, match="wandb_log: No API key configured. Use `wandb login`"):
+            start(tiny_config(wandb_log=True))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """What is installed and how: commands, presets that the wheel carries, scripts/setup."""
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from jaxgpt import shipped
 from jaxgpt.__main__ import COMMANDS
+from jaxgpt.cli import Parser
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,6 +31,29 @@ def test_a_command_runs_its_module():
     assert result.returncode == 2 and result.stderr.startswith("error: nowhere holds no metrics.jsonl")
     result = subprocess.run([sys.executable, "-m", "jaxgpt"], capture_output=True, text=True)
     assert [line.split()[2] for line in result.stdout.splitlines()] == [f"jaxgpt.{name}" for name in COMMANDS]
+
+
+CORPORA = [Path(name).parent.name for name in shipped("data/*/prepare.py")]
+
+
+@pytest.mark.parametrize("command", [*(COMMANDS.keys() - {"prepare"}), *(f"prepare {name}" for name in CORPORA)])
+def test_help_explains_each_argument(command, monkeypatch):
+    """And its usage is what the user typed."""
+    monkeypatch.setattr("jaxgpt.sharding.configure_jax", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    parsers = []
+
+    def parse(self, argv):
+        parsers.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(Parser, "parse", parse)
+    name, *rest = command.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"jaxgpt.{name}").main([*rest, "--help"])
+    (parser,) = parsers
+    assert parser.prog == f"python -m jaxgpt.{command}" and parser.description
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_presets_here_come_before_those_of_the_package(tmp_path, monkeypatch):

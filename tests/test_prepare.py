@@ -260,7 +260,7 @@ def test_prepare_by_name_from_anywhere(gpt2_files, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     prepare.main(["--help"])
     assert "fineweb10b, fineweb_edu, openwebtext" in capsys.readouterr().out
-    for argv, complaint in (([], "no corpus ''"), (["shakespear"], "did you mean shakespeare")):
+    for argv, complaint in (([], "name a corpus: "), (["shakespear"], "did you mean shakespeare")):
         with pytest.raises(UserError, match=complaint):
             prepare.main(argv)
     with pytest.raises(UserError, match="unknown argument --valid; did you mean --val"):

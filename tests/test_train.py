@@ -185,7 +185,7 @@ def test_what_is_printed(arguments, tmp_path, capsys):
     main(arguments(tmp_path / "run", log_interval=2, eval_interval=4))
     out, err = capsys.readouterr()
     assert err == ""
-    assert "2,880 parameters" not in out and "128 tokens per step, 1 micro-steps" in out
+    assert "2,880 parameters" not in out and "128 tokens per step, 1 micro-step\n" in out
     assert "tensor=1, float32\nattention: plain · loss: plain · norm: plain · products: float32\n" in out
     assert f"starting at step 0 of 8, in {tmp_path / 'run'}" in out
     number = r"\d\.\d{4}"

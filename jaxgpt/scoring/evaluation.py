@@ -38,7 +38,8 @@ class Evaluation:
             self._step = self._step.lower(params, self._batches["val"][0]).compile()
             agree("compiled evaluation", {})
         scores, total = {}, sum(map(len, self._batches.values()))
-        with tqdm(total=total, desc="evaluating", leave=False, disable=bar_hidden(), dynamic_ncols=True) as bar:
+        style = {"unit": "batch", "leave": False, "disable": bar_hidden(), "dynamic_ncols": True}
+        with tqdm(total=total, desc="evaluating", **style) as bar:
             for split, calls in self._batches.items():
                 losses = []
                 for tokens in calls:

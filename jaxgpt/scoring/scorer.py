@@ -83,7 +83,8 @@ class Scorer:
     def _run(self, of_batch: Callable, params: Params, rows: Sequence[Row], label: str, check: Callable[[], None]):
         """Yields the indices of each batch's rows and what `of_batch` says of them."""
         batches, pending = self._batches(rows), None
-        for indices, size, length in tqdm(batches, desc=label, disable=not label or bar_hidden(), dynamic_ncols=True):
+        style = {"desc": label, "unit": "batch", "disable": not label or bar_hidden(), "dynamic_ncols": True}
+        for indices, size, length in tqdm(batches, **style):
             check()
             result = of_batch(params, self._padded([rows[i] for i in indices], size, length))
             if pending:  # the host prepares one batch while the device computes another

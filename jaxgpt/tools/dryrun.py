@@ -127,7 +127,7 @@ def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool, name: s
     total = micro_steps * rows * model.block_size
     return [
         f"{count_params(model, state.params):,} parameters, {total:,} tokens per step: "
-        f"{micro_steps} micro-steps of {rows} sequences of {model.block_size:,}",
+        f"{micro_steps} micro-step{'s' * (micro_steps != 1)} of {rows} sequences of {model.block_size:,}",
         f"mesh {shape} on {mesh.size} × {'described ' if described else ''}{device.device_kind}, {model.dtype}, "
         f"attention by {model.attention}",
         f"memory per device: {need:.2f} GiB{room}: state {state_gib:.2f}, step {step_gib:.2f} ({origin})",

@@ -220,7 +220,8 @@ def add_model_arguments(parser: Parser) -> None:
     parser.add_argument("--model", default="", help="the model file of a run of one's own model")
     parser.add_argument("--model_changed", action="store_true", help="accept it where it differs from the run's")
     add_checkpoint_argument(parser)
-    parser.add_argument("--dtype", default="auto", choices=keys(DeviceConfig)["dtype"].metadata["choices"])
+    dtype = keys(DeviceConfig)["dtype"].metadata
+    parser.add_argument("--dtype", default="auto", choices=dtype["choices"], help=dtype["help"])
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
