@@ -12,14 +12,16 @@ _failed: set[str] = set()  # streams whose failure has been told
 
 
 def prepare() -> None:
-    """For the start of a program: every file descriptor of the three is open, and every character can be written."""
+    """For the start of a program: the three files are open, both streams there, and every character can be written."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # closed, as by `>&-`: the next file opened would get its number, and what is printed
             os.open(os.devnull, os.O_RDWR)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # as the file was closed; libraries write there all the same
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -140,6 +140,8 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             config, changes, resume, weights, data, parts, abstract, evaluate, write_sample = plan
             identity = run_id(run) or secrets.token_hex(8)
             checkpoints.begin(lock, identity)
+            if not resume:
+                checkpoints.check_room(abstract)
             state, info, step = checkpoints.restore(abstract, optional=OPTIONAL) if resume else (abstract, {}, 0)
             progress = Progress(**{key: info[key] for key in Progress._fields if key in info})
             making = None if resume else begin_state(parts, mesh, weights and weights.params)

@@ -41,6 +41,16 @@ def test_a_stdout_that_fails_is_said_once_and_ends_nothing(redirect):
     assert len(told) == 1 or redirect != ">/dev/full"
 
 
+def test_all_three_closed(tmp_path):
+    """As some daemons start programs: Python has no streams then, and a progress bar would end the run."""
+    code = PROGRAM.replace("    if argv", "    sys.stderr.write('x')\n    sys.stdout.write('x')\n    if argv")
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -W error -c "$1" <&- >&- 2>&-', sys.executable, code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0
+
+
 def test_an_encoding_without_the_letter():
     done = program(PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2014 a line\n" * 3, "")

@@ -321,6 +321,18 @@ def test_a_start_that_fails_leaves_nothing_and_can_be_made_again(finished, argum
     assert (run / "config.json").read_bytes() == config
 
 
+def test_a_disk_without_room_for_one_checkpoint_is_said_at_the_start(arguments, tmp_path, monkeypatch):
+    from jaxgpt import Unavailable
+
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10**5))
+    with pytest.raises(
+        Unavailable, match="no room for a checkpoint: 100,000 bytes are free, [0-9,]+ needed; make room"
+    ):
+        main(arguments(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_update_that_is_not_finite_is_dropped(arguments, tmp_path, mesh):
     """The gradients are, the parameters would not be: they stay as they were, and none comes to disk."""
     out = tmp_path / "run"

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from jaxgpt import UserError, atomic_write, from_json
+from jaxgpt import Unavailable, UserError, atomic_write, from_json
 from jaxgpt.run.digests import differing, digests, host_digest
 from jaxgpt.run.guard import RunLock, everywhere
 from jaxgpt.run.processes import joined
@@ -123,6 +123,12 @@ class Checkpoints:
             raise UserError(f"{self.folder} cannot be written; mend its permissions, or choose another out_dir")
         for path in self.folder.glob(f"*{TMP}") if self._first else ():
             shutil.rmtree(path, ignore_errors=True)
+
+    def check_room(self, state: Any) -> None:
+        """Raises Unavailable where a new run's disk has no room for one checkpoint of `state`, a pytree of shapes."""
+        need = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state)) + SPARE
+        if self._first and (lacks := _lacks(self.folder.parent, need)):
+            raise Unavailable(f"{self.folder.parent} has no room for a checkpoint: {lacks}; make room")
 
     # --- what is there ---
 
@@ -462,15 +468,20 @@ def _make_room(working: Path, need: int) -> None:
     """An empty folder with `need` bytes free. Raises OSError; Orbax would, with the tracebacks of all its writes."""
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
-    free = shutil.disk_usage(working).free
-    lacks = f"{free:,} bytes are free, {need:,} needed" if free < need else ""
-    if hasattr(os, "statvfs"):
-        there = os.statvfs(working)
-        if there.f_files and there.f_favail < SPARE_FILES:  # 0: a file system without a bound on inodes
-            lacks = f"{there.f_favail:,} more files may be made (inodes), {SPARE_FILES} needed"
-    if lacks:
+    if lacks := _lacks(working, need):
         working.rmdir()
         raise OSError(errno.ENOSPC, lacks)
+
+
+def _lacks(folder: Path, need: int) -> str:
+    """What a folder's disk lacks for a checkpoint of `need` bytes; "" if nothing."""
+    if (free := shutil.disk_usage(folder).free) < need:
+        return f"{free:,} bytes are free, {need:,} needed"
+    if hasattr(os, "statvfs"):
+        there = os.statvfs(folder)
+        if there.f_files and there.f_favail < SPARE_FILES:  # 0: a file system without a bound on inodes
+            return f"{there.f_favail:,} more files may be made (inodes), {SPARE_FILES} needed"
+    return ""
 
 
 def _sync_metrics(run: Path) -> None:
