@@ -29,6 +29,7 @@ from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.sharding import make_mesh
 from jaxgpt.tokenizer import GPT2_URL
 from jaxgpt.weights import hf
+from jaxgpt.weights.files import save_safetensors
 from jaxgpt.weights.opening import open_model, placed_params
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
@@ -167,6 +168,14 @@ def test_there_and_back_is_exact_to_the_bit(tmp_path, dtype, kind):
     for name, value in expected.items():
         assert back[name].dtype == value.dtype and back[name].shape == value.shape
         np.testing.assert_array_equal(bits(back[name]), bits(value), err_msg=name)
+
+
+def test_weights_can_be_read_by_whoever_can_read_other_files(tmp_path):
+    """A server is often another user."""
+    (tmp_path / "other").touch()
+    for _ in range(2):
+        save_safetensors(tmp_path / "weights", {"x": np.zeros(3, np.float32)})
+        assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_too_large_for_float16_is_an_error_and_not_infinity(tmp_path):

@@ -53,8 +53,11 @@ def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes contiguous arrays. Raises OSError if it cannot, a full disk included."""
     safetensors = optional("safetensors", "jaxgpt[hf]", path.name)
     numpy = optional("safetensors.numpy", "jaxgpt[hf]", path.name)
+    path.touch()
+    mode = path.stat().st_mode
     try:
         numpy.save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers asks for a format
+        path.chmod(mode)  # safetensors' own file is for the user alone, which a server may not be
     except safetensors.SafetensorError as error:  # whatever the disk said, in words: "… (os error 28)"
         said = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(said[1]), os.strerror(int(said[1]))) if said else OSError(first_line(error))) from None
