@@ -237,8 +237,7 @@ class Reporter:
         if jax.process_index():
             return
         if config.tensorboard_log:
-            _mark_start(folder, first_step)
-            self._board = optional("tensorboard.summary", "jaxgpt[track]", "tensorboard_log").Writer(str(folder))
+            self._board = Board(folder)
             self._closing.enter_context(self._surviving("TensorBoard"))
             self._closing.callback(self._board.close)
         if config.wandb_log:
@@ -257,7 +256,7 @@ class Reporter:
 
     def _open(self, path: Path) -> IO[str]:
         try:
-            return self._closing.enter_context(path.open("a", encoding="utf-8"))
+            return self._closing.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             text, full = f"{path} cannot be written: {error.strerror or error}", error.errno in FULL
             raise Unavailable(f"{text}; make room") if full else UserError(f"{text}; move it away") from None
@@ -288,8 +287,7 @@ class Reporter:
         numbers = {k: v for k, v in row.items() if v is not None}
         if self._board and "TensorBoard" not in self._failed:
             with self._surviving("TensorBoard"):
-                for name, value in numbers.items():
-                    self._board.add_scalar(name, value, step)
+                self._board.add(step, numbers, time.time())
         if self._wandb and "W&B" not in self._failed:
             with self._surviving("W&B"):
                 self._wandb.log(numbers, step=step)
@@ -360,10 +358,48 @@ def _seconds_so_far(metrics: Path) -> float:
         return 0.0
 
 
-def _mark_start(folder: Path, step: int) -> None:
-    """Has TensorBoard drop what an earlier life of the run told it of steps after `step`: from the second mark on."""
-    writer = importlib.import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(folder))
-    proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
-    begun = proto.SessionLog(status=proto.SessionLog.START)
-    writer.add_event(proto.Event(wall_time=time.time(), step=step + 1, session_log=begun))
-    writer.close()
+class Board:
+    """A run's event file for TensorBoard: the rows of metrics.jsonl, and those that are added.
+
+    Each start writes it anew (0.1 ms a row), as TensorBoard's readers do not agree on when a later event replaces an
+    earlier one of the same step. Event files of others in the folder stay. Raises UserError without TensorBoard.
+    """
+
+    SUFFIX = ".jaxgpt"  # of the names of our files
+
+    def __init__(self, folder: Path):
+        optional("tensorboard", "jaxgpt[track]", "tensorboard_log")
+        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        self._event, self._summary, self._tensor = (
+            importlib.import_module(f"tensorboard.compat.proto.{name}_pb2") for name in ("event", "summary", "tensor")
+        )
+        for path in folder.glob(f"events.out.tfevents.*{self.SUFFIX}"):
+            # emptied at one start, removed at the next: a TensorBoard that reads it goes no further where it is missing
+            if path.is_symlink() or not path.stat().st_size:
+                path.unlink()
+            else:
+                os.truncate(path, 0)
+        self._file = writer.EventFileWriter(str(folder), filename_suffix=self.SUFFIX)
+        # a TensorBoard that is watching forgets what it has read of the file before
+        begun = self._event.SessionLog(status=self._event.SessionLog.START)
+        self._file.add_event(self._event.Event(wall_time=time.time(), step=0, session_log=begun))
+        plugin = self._summary.SummaryMetadata.PluginData(plugin_name="scalars")
+        kind = self._summary.DATA_CLASS_SCALAR
+        self._scalar = self._summary.SummaryMetadata(plugin_data=plugin, data_class=kind)
+        metrics = folder / "metrics.jsonl"
+        began = time.time() - _seconds_so_far(metrics)
+        with contextlib.suppress(FileNotFoundError), metrics.open(encoding="utf-8") as rows:
+            for row in map(json.loads, rows):
+                values = {k: v for k, v in row.items() if k != "step" and v is not None}
+                self.add(row["step"], values, began + values["wall_s"])
+
+    def add(self, step: int, values: dict[str, float], time_s: float) -> None:
+        """Scalars of `step`. time_s: when they were made, since the epoch."""
+        event = self._event.Event(wall_time=time_s, step=step)
+        for name, value in values.items():
+            tensor = self._tensor.TensorProto(dtype="DT_FLOAT", float_val=[value])
+            event.summary.value.add(tag=name, tensor=tensor, metadata=self._scalar)
+        self._file.add_event(event)
+
+    def close(self) -> None:
+        self._file.close()

@@ -16,7 +16,8 @@ import jax
 import pytest
 
 from jaxgpt import UserError, console, metrics
-from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, peak_flops, peak_memory_gib
+from jaxgpt.metrics import Board, Reporter, Stopwatch, check_trackers, peak_flops, peak_memory_gib
+from jaxgpt.run.guard import trim_jsonl
 
 
 def device(kind: str):
@@ -168,24 +169,37 @@ def test_tensorboard(tmp_path, tiny_config):
         warnings.simplefilter("ignore")  # TensorBoard's own imports
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    paths = sorted(tmp_path.glob("*tfevents*"))
+    paths = sorted(tmp_path.glob("*tfevents*.jaxgpt"))
     events = [event for path in paths for event in EventFileLoader(str(path)).Load()]
     values = [(e.step, v.tag, v.tensor.float_val[0]) for e in events for v in e.summary.value]
     assert [x for x in values if x[1] == "loss"] == [(5, "loss", 3.25), (6, "loss", 3.0)]
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, tiny_config):
-    """A run killed at step 8 goes on from a checkpoint at 5: what it told of 6, 7 and 8 goes."""
+    """A run killed at step 8 goes on from a checkpoint at 5: what it told of 6, 7 and 8 goes, for both of TensorBoard's
+    readers, and for one that was watching. Others' event files stay."""
+    from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+
+    theirs = tmp_path / "events.out.tfevents.1.theirs"
+    theirs.write_bytes(b"")
+    readers = [x.EventAccumulator(str(tmp_path), {"tensors": 0}) for x in (plugin_event_accumulator, event_accumulator)]
+    watching = plugin_event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0})
     for first, last in ((0, 8), (5, 9)):
+        trim_jsonl(tmp_path / "metrics.jsonl", first)
         with Reporter(tmp_path, tiny_config(tensorboard_log=True), first_step=first) as reporter:
             for step in range(first + 1, last + 1):
-                reporter.record(step, {"loss": float(first)})
+                reporter.record(step, {"loss": float(first), "grad_norm": math.nan})
+        watching.Reload()
         time.sleep(1.1)  # files are named by the second
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-    seen = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload().Tensors("loss")
-    assert [(x.step, x.tensor_proto.float_val[0]) for x in seen] == [(i, 5.0 * (i > 5)) for i in range(1, 10)]
+    for reader in (*readers, watching):
+        seen = reader.Reload().Tensors("loss")
+        assert [(x.step, x.tensor_proto.float_val[0]) for x in seen] == [(i, 5.0 * (i > 5)) for i in range(1, 10)]
+        times = [x.wall_time for x in seen]
+        assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=60)
+        assert "grad_norm" not in reader.Tags()["tensors"]
+    assert [path.stat().st_size > 0 for path in sorted(tmp_path.glob("*tfevents*"))] == [False, False, True]
+    Board(tmp_path).close()
+    assert len(list(tmp_path.glob("*tfevents*"))) == 3 and theirs.exists()
 
 
 def test_wandb(tmp_path, tiny_config, monkeypatch):
