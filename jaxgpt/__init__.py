@@ -74,6 +74,8 @@ def user_error(error: BaseException) -> UserError | None:
         return Unavailable(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room")
     if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}; name another, or mend its permissions")
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
+        return UserError("the working folder is gone; change to another")
     if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
         found = text.partition("RESOURCE_EXHAUSTED: ")[2][:200] or "no memory is left"
         return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
@@ -118,10 +120,15 @@ def shipped(pattern: str) -> dict[str, Path]:
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """The path that `name` is, ~ being the home folder, which no shell replaces after a `=`. UserError without one."""
+    """The path that `name` is, ~ being the home folder, which no shell replaces after a `=`.
+
+    UserError without a home folder, or on an empty name, such as a variable that is not set: it is no folder's.
+    """
+    if not os.fspath(name):
+        raise UserError("the name of a file or folder is empty; give one")
     try:
         return Path(name).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError: a name that no user can have
         raise UserError(f"{name}: there is no home folder that ~ could mean; write the path in full") from None
 
 

@@ -12,17 +12,16 @@ _failed: set[str] = set()  # streams whose failure has been told
 
 
 def prepare() -> None:
-    """For the start of a program: the three files are open, both streams there, and every character can be written."""
-    for number in range(3):
+    """For the start of a program: the three files and their streams are there, and all can be read and written."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:  # closed, as by `>&-`: the next file opened would get its number, and what is printed
             os.open(os.devnull, os.O_RDWR)
-    for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:  # as the file was closed; libraries write there all the same
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace" if number else "surrogateescape")
 
 
 def say(line: str) -> None:

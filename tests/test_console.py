@@ -1,5 +1,6 @@
 """Lines for people: what cannot be printed costs the line, and the process ends with its own status."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxgpt
-from jaxgpt import UserError, from_json, user_error
+from jaxgpt import UserError, console, from_json, user_error
 
 PROGRAM = """
 import sys
@@ -105,6 +106,23 @@ def test_a_backend_that_is_not_installed_is_one_line(monkeypatch):
         except AssertionError as error:
             told = user_error(error)
             assert (told is not None and "JAX_PLATFORMS=cuda, but no such backend" in str(told)) is found
+
+
+def test_a_working_folder_that_is_gone_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as error:
+        os.getcwd()
+    assert str(user_error(error.value)) == "the working folder is gone; change to another"
+
+
+def test_stdin_that_is_closed_or_no_text(monkeypatch):
+    closed, junk = None, io.TextIOWrapper(io.BytesIO(b"a\xff\n"), "utf-8")
+    for stdin, line in (closed, ""), (junk, "a\udcff\n"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        console.prepare()
+        assert sys.stdin.readline() == line
 
 
 def test_a_bug_is_a_traceback():

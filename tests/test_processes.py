@@ -196,6 +196,10 @@ def test_visible_gpus_are_counted(visible, gpus):
     "variables, message",
     [
         ({"JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": 0, "JAX_COORDINATOR_ADDRESS": "host"}, "host is not HOST:PORT"),
+        (
+            {"JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": 2, "JAX_COORDINATOR_ADDRESS": "host:1"},
+            "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2",
+        ),
         ({"OMPI_COMM_WORLD_RANK": 0}, "OMPI_COMM_WORLD_SIZE is not set; .* JAX_NUM_PROCESSES=1 to run alone"),
         ({"SLURM_STEP_NODELIST": "a", "SLURM_PROCID": 0}, "SLURM_STEP_NUM_TASKS is not set"),
         ({"RANK": 3, "MASTER_ADDR": "a", "MASTER_PORT": 1, "WORLD_SIZE": 2}, "make this process 3 of 2"),
@@ -220,6 +224,8 @@ def test_a_coordinators_port_that_is_taken_is_one_line():
         with pytest.raises(Unavailable, match=f"port {port}, the coordinator's, cannot be used on this host"):
             processes._check_port(f"here:{port}")
     processes._check_port(f"here:{port}")
+    with pytest.raises(UserError, match="port 65536, the coordinator's, must be below 65536"):
+        processes._check_port("here:65536")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
             raise UserError(f"JAX_NUM_PROCESSES is set but not JAX_COORDINATOR_ADDRESS; {hint}")
         if not re.fullmatch(r".+:[0-9]{1,5}", address):
             raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is not HOST:PORT of process 0")
-        known = {"num_processes": count, "process_id": _number(env, "JAX_PROCESS_ID")}
+        index = _number(env, "JAX_PROCESS_ID")
+        if index >= count:
+            raise UserError(f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}; mend them, or unset both")
+        known = {"num_processes": count, "process_id": index}
         return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
 
     if "RANK" in env and "MASTER_ADDR" in env:

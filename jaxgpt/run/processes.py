@@ -187,8 +187,11 @@ def _check_numbers(address: str, count: int, index: int) -> None:
 
 
 def _check_port(address: str) -> None:
-    """Raises Unavailable where another program listens at the coordinator's port: jaxlib then often crashed."""
+    """Raises UserError where there is no such port of the coordinator, Unavailable where another program listens there:
+    jaxlib then often crashed."""
     port = int(address.rpartition(":")[2])
+    if port >= 2**16:
+        raise UserError(f"port {port}, the coordinator's, must be below 65536; choose another")
     with socket.socket() as look:
         look.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an old connection's port is free
         try:
