@@ -38,6 +38,7 @@ from jaxgpt.tokenizer import (
     copy_tokenizer,
     corpus_meta,
     load_tokenizer,
+    read_meta,
 )
 
 T = TypeVar("T")
@@ -213,6 +214,8 @@ def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
         raise UserError(
             f"dataset={dataset}: the weights sum to {float(sum(weights)):g}; make them positive and sum to 1"
         )
+    if math.lcm(*(weight.denominator for weight in weights)) > 10**9:  # of samples that hold each corpus its times
+        raise UserError(f"dataset={dataset}: the weights are finer than a billionth; round them")
     return mixture
 
 
@@ -389,6 +392,9 @@ class RunData:
         names, weights = zip(*parse_mixture(config.dataset), strict=True)
         folders = corpus_folders(config)
         metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]
+        # for people: what is taken for granted
+        self.notes = [f"{folder} does not say whose its tokens are: taken for {meta.describe()}"
+                      for folder, meta in zip(folders, metas, strict=True) if read_meta(folder) is None]  # fmt: skip
         self._names, self._weights, self._folder = names, weights, folders[0]
         self.meta, self.vocab_size = metas[0], vocab_size or max(meta.vocab_size for meta in metas)
         size, rows = block_size, config.batch_size * config.gradient_accumulation_steps

@@ -594,7 +594,8 @@ def write_meta(folder: str | os.PathLike, meta: Meta) -> None:
     """Writes meta.json, whole or not at all."""
     content = {k: v for k, v in asdict(meta).items() if v not in (None, "", {})}
     with atomic_write(Path(folder, "meta.json")) as f:
-        f.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
+        # a name that is no UTF-8 has lone surrogates, which JSON writes so
+        f.write(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def copy_tokenizer(meta: Meta, source: Path, folder: Path) -> None:

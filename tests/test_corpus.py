@@ -544,7 +544,32 @@ def test_a_byte_order_mark_is_no_text_and_line_ends_stay(gpt2_files, tmp_path, m
             sources.read_text(missing)
 
 
-# ---- Bad input# ---- Bad input
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_refused(tmp_path, encoding):
+    """Without a byte order mark too, where every second byte is NUL, which alone is UTF-8."""
+    for name, text in ("a.txt", "plain words"), ("a.jsonl", '{"text": "plain words"}\n'):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match="is not UTF-8 text|is not a JSON object"):
+            list(Files([str(tmp_path / name)]).pieces({"train": 0, "val": 0}))
+    with pytest.raises(UserError, match="byte . is not UTF-8 text; convert the file to UTF-8"):
+        sources.read_text(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"one NUL\0 is text")
+    assert sources.read_text(tmp_path / "a.txt") == "one NUL\0 is text"
+
+
+def test_names_that_are_no_text(gpt2_files, tmp_path):
+    """A file whose name is no UTF-8 is prepared like any other; an empty name, as of an unset variable, is none."""
+    path = tmp_path / os.fsdecode(b"bad\xff.txt")
+    path.write_text("plain text " * 200)
+    for _ in ("made", "found"):
+        build(Files([str(path)], val_fraction=0.2), tmp_path / "out", workers=1)
+    meta = read_meta(tmp_path / "out")
+    assert meta and meta.source == str(path)
+    with pytest.raises(UserError, match="the name of a file or folder is empty"):
+        Files([""])
+
+
+# ---- Bad input
 
 
 def complaint_about(path: Path, content: bytes, **how) -> str:
@@ -606,8 +631,8 @@ def test_bad_arguments(gpt2_files, tmp_path):
     ):
         with pytest.raises(UserError, match=complaint):
             Files(inputs, **how)
-    for how in ({"workers": 0}, {"shard_tokens": 0}):
-        with pytest.raises(UserError, match="at least 1"):
+    for how in ({"workers": 0}, {"shard_tokens": 0}, {"workers": 10**6}):
+        with pytest.raises(UserError, match="at least 1|at most 1024"):
             build(Files([a]), tmp_path / "out", **how)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):

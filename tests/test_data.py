@@ -292,23 +292,32 @@ def test_no_window_twice_and_none_left_out(folder, plan):
     assert sample == 1024 and set(seen.values()) == {1}
 
 
-@given(st.sampled_from([(8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]), PLANS)
-@settings(max_examples=10, deadline=None)
-def test_placed_batches_go_on_too(folder, mesh, plan):
-    """Whatever the mesh: the rows of a step are those of its samples, over several steps in a call."""
+MESHES = st.sampled_from([(8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)])
+
+
+@given(st.lists(st.tuples(MESHES, st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_placed_batches_go_on_too(folder, plan):
+    """Mesh, batch size and micro-steps changed at any step: the rows of a step are those of its samples, over several
+    steps in a call. So with `shuffle` no window of an epoch is read twice or never."""
     corpus = corpus_of(folder / "placed", np.arange(3000), block_size=8)
     auto = (jax.sharding.AxisType.Auto,) * 3
     spec = PartitionSpec(None, None, ("data", "fsdp"), None)
-    sharding = NamedSharding(jax.make_mesh(mesh, ("data", "fsdp", "tensor"), axis_types=auto), spec)
     one_by_one = Batches(corpus, seed=3, rows=1, block_size=8)
-    step = sample = 0
-    for rows, _ in plan:
+    step, sample, starts = 0, 0, []
+    for mesh, rows, twice in plan:
+        sharding = NamedSharding(jax.make_mesh(mesh, ("data", "fsdp", "tensor"), axis_types=auto), spec)
         batches = Batches(corpus, seed=3, rows=rows * 8, block_size=8)
         batches.begin(step, sample)
-        placed = np.asarray(place(batches, step, steps=2, micro_steps=1, sharding=sharding)).reshape(-1, 9)
+        micro_steps = 1 + twice * (rows % 2 == 0)
+        placed = np.asarray(place(batches, step, steps=2, micro_steps=micro_steps, sharding=sharding)).reshape(-1, 9)
         expected = [one_by_one.rows_at(sample + i)[0].tolist() for i in range(rows * 16)]
         assert placed.tolist() == expected
+        starts += placed[:, 0].tolist()
         step, sample = step + 2, batches.samples(step + 2)
+    windows = (3000 - 8) // 8
+    for epoch in range(len(starts) // windows):
+        assert len({*starts[epoch * windows : (epoch + 1) * windows]}) == windows
 
 
 # ---- Evaluation over the whole split
@@ -381,6 +390,9 @@ def test_a_run_tells_its_corpora_from_others(tmp_path, mesh, monkeypatch):
         write_meta(tmp_path / "data" / name, Meta(VOCAB, "none"))
     recorded = facts()
     assert set(recorded) == {"tokens", "train.bin", "val.bin"}
+    (tmp_path / "data" / "b" / "meta.json").unlink()
+    said = [RunData(config_of(dataset=name), 4, mesh, 1000).notes for name in "ab"]
+    assert said == [[], ["data/b does not say whose its tokens are: taken for tokens of an unknown tokenizer"]]
     (tmp_path / "data" / "a").rename(tmp_path / "data" / "moved")
     for found in (facts("moved"), facts("x", data_dir="data/moved")):
         check_same_corpora(recorded, found, "run")
@@ -490,6 +502,7 @@ def test_parse_mixture(dataset, expected):
         ("a:x,b:0.5", "NAME:WEIGHT"),
         ("a:nan,b:0.5", "NAME:WEIGHT"),
         ("a:1/0,b:0.5", "NAME:WEIGHT"),
+        (f"a:1/{10**30},b:{10**30 - 1}/{10**30}", "finer than a billionth; round them"),
         ("a:0.5,b:0.5,", "NAME:WEIGHT"),
     ],
 )

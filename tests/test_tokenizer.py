@@ -284,13 +284,18 @@ def variant(kind: str, normalizer: str, added: str, more: tuple[str, ...]) -> Js
     return loaded(folder, bpe.to_str())
 
 
-VARIANTS = st.builds(
-    variant,
-    st.sampled_from(KINDS),
-    st.sampled_from(sorted(NORMALIZERS)),
-    st.sampled_from(["none", "special", "ordinary", "eot", "vocabulary"]),
-    st.sets(st.sampled_from(sorted(MORE))).map(sorted).map(tuple),
-)
+def variants_of(kinds: st.SearchStrategy[str]) -> st.SearchStrategy[JsonTokenizer]:
+    return st.builds(
+        variant,
+        kinds,
+        st.sampled_from(sorted(NORMALIZERS)),
+        st.sampled_from(["none", "special", "ordinary", "eot", "vocabulary"]),
+        st.sets(st.sampled_from(sorted(MORE))).map(sorted).map(tuple),
+    )
+
+
+VARIANTS = variants_of(st.sampled_from(KINDS))
+OF_ONE_KIND = st.sampled_from(KINDS).flatmap(lambda kind: st.tuples(*[variants_of(st.just(kind))] * 2))
 PLAIN = ["First", "Citizen", "proceed", "any", "naïve", "日本語", "🙂", "“we'll”", "zzz", "E\u0301", "7", ".", ":"]
 WORDS = st.sampled_from(PLAIN)
 SPECIAL = st.sampled_from(["<|endoftext|>", "<unk>", "<|user|>", "</s>", "[SEP]"])
@@ -419,6 +424,20 @@ def renamed(content: dict, names: dict[str, str]) -> dict:
     if "merges" in model:
         model["merges"] = []
     return content | {"model": model}
+
+
+@given(OF_ONE_KIND | st.tuples(VARIANTS, VARIANTS))
+@settings(max_examples=200)
+def test_identity_is_equal_exactly_when_ids_mean_the_same(two):
+    """Of two of the variants: where all ids have the same texts, alone and between others, and nowhere else."""
+    ours, theirs = two
+    texts = [
+        [tokenizer.decode(ids) for i in range(tokenizer.vocab_size) for ids in ([i], [i, i], [40, i, 41])]
+        for tokenizer in two
+    ]
+    # an id that is half a character has no text of its own, but a name
+    names = [[t._bpe.id_to_token(i) for i in range(t.vocab_size)] for t in two]
+    assert (ours.identity == theirs.identity) == (texts[0] == texts[1] and names[0] == names[1])
 
 
 @given(st.permutations("abcé語"), st.permutations("abcé語"), st.integers(0, 3))

@@ -47,6 +47,7 @@ Tokens = Integer[np.ndarray, " n"]
 # Of a shard: "file", "tokens", "sha256", and "next", where the one after it begins: the number of a piece, and how many
 # tokens after that piece's first
 Record = dict[str, Any]
+MOST_WORKERS = 1024  # each takes 150 MB
 END = (1 << 62, 0)  # as "next": nowhere
 
 
@@ -75,6 +76,8 @@ def build(
         workers = max(1, cores // 2) if fast else cores
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"shard_tokens={shard_tokens} and workers={workers} must be at least 1")
+    if workers > MOST_WORKERS:
+        raise UserError(f"workers={workers} must be at most {MOST_WORKERS}; one for each core is best")
     bpe, name = make_tokenizer(tokenizer, eot, fast), "gpt2"
     settings = {
         "source_sha256": source.fingerprint,

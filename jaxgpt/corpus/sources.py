@@ -231,6 +231,8 @@ def _decoded(f: io.BufferedIOBase, path: str) -> Iterator[str]:
     while block:
         block = f.read(PIECE)
         pending = len(decoder.getstate()[0])  # bytes of an unfinished character
+        if not begun and 4 * block[:4096].count(0) > len(block[:4096]):  # NULs are UTF-8, but this is UTF-16 or binary
+            raise _not_utf8(path, block.index(0))
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -246,7 +248,7 @@ def _read_jsonl(f: io.BufferedIOBase, path: str, field: str) -> Iterator[tuple[s
         if line.strip():
             where = f"{path}: line {number:,} (byte {count:,})"
             try:
-                text = from_json(line)[field]
+                text = from_json(line.decode("utf-8-sig"))[field]  # given bytes it would take UTF-16 as well
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, count + error.start) from None
             except (ValueError, TypeError, LookupError):
