@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write, from_json, shipped
+from jaxgpt import UserError, atomic_write, from_json, local_path, shipped
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
@@ -70,7 +70,9 @@ class DeviceConfig:
     mesh_data: int = key(-1, "devices over which the batch is split; -1: what is left", least=-1)
     mesh_fsdp: int = key(1, "devices over which parameters and optimizer state are split too", least=-1)
     mesh_tensor: int = key(1, "devices over which each layer is split", least=-1)
-    steps_per_call: int = key(0, "optimizer steps in one call of the compiled function; 0: chosen by the model's size")
+    steps_per_call: int = key(
+        0, "optimizer steps in one call of the compiled function; 0: chosen by the model's size", below=10_001
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +147,8 @@ def with_model(config: ConfigDict, model: str) -> ConfigDict:
     return other
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError, naming the key, on a value that no run could use."""
+def validate(config: ConfigDict, *, together: bool = True) -> None:
+    """Raises UserError, naming the key, on a value that no run could use. together: beside the other keys' values."""
     for name, field in _flat(config.model).items():
         check(field, config[name])
         if name.startswith("mesh_") and config[name] == 0:
@@ -154,7 +156,8 @@ def validate(config: ConfigDict) -> None:
     for name in ("n_layer", "n_head", "n_embd"):
         if config[name] < (config.init_from == "scratch"):
             raise UserError(f"{name}={config[name]} must be at least 1, or 0 for that of the weights init_from names")
-    take(OptimizerConfig, config)  # checks what holds between its keys
+    if together:
+        take(OptimizerConfig, config)
     check_tokens(config)
     if not config.out_dir or not config.out_dir.isprintable():  # bytes that are no UTF-8 come as lone surrogates
         raise UserError(f"out_dir={config.out_dir!r} names no folder: it is empty or cannot be printed; choose another")
@@ -245,9 +248,11 @@ def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> Non
 
 def load_preset(spec: str) -> ConfigDict:
     """The preset in a file, `configs/gpt2.py` or `configs/gpt2.py:gpt2-xl`. Raises UserError if there is no such."""
-    path, _, argument = spec.partition(":")
+    # a file's own colons, as in C:\\gpt2.py or run:1/gpt2.py, come before the .py
+    parts = re.fullmatch(r"(.+?\.py):(.*)", spec, re.DOTALL)
+    path, argument = parts.groups() if parts else (spec, "")
     presets = shipped("configs/*.py")
-    file = presets.get(path, Path(path))
+    file = presets.get(path) or local_path(path)
     if not file.is_file():
         raise UserError(f"no preset file {path}; there are {', '.join(presets)}")
     try:
@@ -339,8 +344,34 @@ def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
     words = {word.partition("=")[0] for word in argv}
     given = {name: getattr(args, f"config.{name}") for name in config if f"--config.{name}" in words}
     config.update(given)
-    validate(config)
+    validate(config, together=config.init_from not in ("resume", "auto"))  # else the run's values count: see prepare
     return Parsed(config, given, args)
+
+
+# (key, the values of it with which others have no effect, those others)
+WITHOUT_EFFECT = (
+    ("optimizer", ("adamw",), ("embedding_lr", "head_lr", "vector_lr", "momentum", "momentum_warmup_iters")),
+    ("decay_lr", (False,), ("lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr")),
+    ("lr_schedule", ("cosine", "constant"), ("cooldown",)),
+    ("lr_schedule", ("constant",), ("lr_decay_iters", "min_lr")),
+    ("sample_interval", (0,), ("sample_prompt",)),
+    ("wandb_log", (False,), ("wandb_project", "wandb_run_name")),
+)
+
+
+def without_effect(config: ConfigDict, given: Mapping[str, Any]) -> list[str]:
+    """A line for each key that was given on the command line and changes nothing beside the others' values.
+
+    Raises UserError on a dataset that was given where data_dir names another folder.
+    """
+    if "dataset" in given and "data_dir" not in given and config.data_dir:
+        raise UserError(
+            f"dataset={config.dataset} would not count: data_dir={config.data_dir} names the corpus; add "
+            "--config.data_dir= to take the dataset"
+        )
+    idle = [(name, f"{key}={config[key]}") for key, values, names in WITHOUT_EFFECT if config[key] in values
+            for name in names if name in given]  # fmt: skip
+    return [f"{name} has no effect with {other}" for name, other in idle]
 
 
 def save_config(config: ConfigDict, folder: Path, **about: Any) -> None:
@@ -425,6 +456,7 @@ def resumed_config(
             result[name] = value
             lines.append(f"{name} {saved[name]} → {value}")
         elif config[name] != saved[name] and not (name.startswith("n_") and config[name] == 0):
-            lines.append(f"{name} stays {saved[name]}, as in the run; the preset has {config[name]}")
+            runs, presets = (repr(x) if x == "\n" else x for x in (saved[name], config[name]))
+            lines.append(f"{name} stays {runs}, as in the run; the preset has {presets}")
     validate(result)
     return result, lines

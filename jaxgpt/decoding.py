@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from jaxgpt import UserError
+from jaxgpt.keys import check_float32
 from jaxgpt.models import KVCache, ModelConfig, Params, abstract_params, bind, cast_params, roles
 from jaxgpt.ops.choose import Rule, choose
 
@@ -30,6 +31,7 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or above")
+        check_float32("temperature", self.temperature)
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:

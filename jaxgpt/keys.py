@@ -6,13 +6,15 @@ are flat flags, `--config.KEY=VALUE`, whichever part they belong to.
 
 import dataclasses
 import math
+import struct
 from collections.abc import Collection
 from typing import Any, TypeVar
 
 from jaxgpt import UserError
 
 Part = TypeVar("Part")
-FLOAT32_LIMIT = 2.0**128  # what rounds to infinity in float32
+FLOAT32_LIMIT = 2.0**128 * (1 - 2**-25)  # from here on a number rounds to infinity in float32
+FLOAT32_LEAST = 2.0**-126  # what is smaller, devices take for 0
 
 
 def key(
@@ -52,3 +54,13 @@ def check(field: dataclasses.Field, value: Any) -> None:
         below = rules["below"] or (2**31 if isinstance(value, int) else FLOAT32_LIMIT)  # devices count in int32
         if value >= below:
             raise UserError(f"{name}={value} must be below {below}")
+        if isinstance(value, float):
+            check_float32(name, value, below)
+
+
+def check_float32(name: str, value: float, below: float = math.inf) -> None:
+    """Raises UserError where devices, which compute in float32, would take a positive value for 0, `below` or inf."""
+    if value >= FLOAT32_LIMIT or struct.unpack("f", struct.pack("f", value))[0] >= below:
+        raise UserError(f"{name}={value} rounds to {below} in float32; set less")
+    if 0 < value < FLOAT32_LEAST:
+        raise UserError(f"{name}={value} is taken for 0 in float32; set 0, or at least 1.2e-38")

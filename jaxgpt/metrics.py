@@ -389,7 +389,7 @@ class Board:
         metrics = folder / "metrics.jsonl"
         began = time.time() - _seconds_so_far(metrics)
         with contextlib.suppress(FileNotFoundError), metrics.open(encoding="utf-8") as rows:
-            for row in map(json.loads, rows):
+            for row in map(from_json, rows):
                 values = {k: v for k, v in row.items() if k != "step" and v is not None}
                 self.add(row["step"], values, began + values["wall_s"])
 

@@ -154,6 +154,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.min_lr > self.learning_rate and self.decay_lr and self.lr_schedule != "constant":
             raise UserError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower min_lr")
+        if self.cooldown > 1:
+            raise UserError(f"cooldown={self.cooldown} is a part of lr_decay_iters: at most 1")
         for name in ("learning_rate", "embedding_lr", "head_lr", "vector_lr"):
             if self.optimizer == "muon" and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0 with optimizer=muon")
@@ -167,6 +169,25 @@ def keeps_finite(config: OptimizerConfig) -> bool:
     groups = OPTIMIZERS[config.optimizer](config).values()
     top = max(group.learning_rate for group in groups)
     return top * config.weight_decay <= 1 and all(group.learning_rate * group.bound <= 1e20 for group in groups)
+
+
+def check_schedule(config: OptimizerConfig) -> None:
+    """Raises UserError where the warm-up ends after the rate has begun to fall: the rate would jump there.
+
+    It is for what is about to be trained: a run that was trained so can still be read.
+    """
+    warm, end = config.warmup_iters, config.lr_decay_iters
+    if not config.decay_lr:
+        return
+    if config.lr_schedule == "cosine" and warm >= end:
+        raise UserError(
+            f"warmup_iters={warm} must be below lr_decay_iters={end}, or the rate jumps to min_lr as the warm-up ends"
+        )
+    if config.lr_schedule == "linear" and warm > end - max(1, config.cooldown * end):
+        raise UserError(
+            f"warmup_iters={warm} reaches into the cooldown, the last {config.cooldown:g} of lr_decay_iters={end}, and "
+            "the rate jumps where the warm-up ends; choose fewer"
+        )
 
 
 class OptimizerState(NamedTuple):

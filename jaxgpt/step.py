@@ -38,8 +38,9 @@ class LossScale(NamedTuple):
     good_steps: Int[Array, ""]
 
     @staticmethod
-    def create(dtype: str) -> "LossScale":
-        return LossScale(jnp.asarray(2.0**15 if dtype == "float16" else 1.0, jnp.float32), jnp.zeros((), jnp.int32))
+    def create() -> "LossScale":
+        """The same for every dtype: only float16 uses it, and a run may go on in float16."""
+        return LossScale(jnp.asarray(2.0**15, jnp.float32), jnp.zeros((), jnp.int32))
 
     def next(self, finite: Bool[Array, ""], dtype: str) -> "LossScale":
         if dtype != "float16":
@@ -116,7 +117,7 @@ def init_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainS
         step=zero,
         params=params,
         opt_state=make_optimizer(parts.optimizer, roles(parts.model, params), mesh).init(params),
-        loss_scale=LossScale.create(parts.model.dtype),
+        loss_scale=LossScale.create(),
         bad_steps=zero,
         spikes=Spikes.create(),
         average=jax.tree.map(jnp.copy, params) if parts.optimizer.average_decay else None,

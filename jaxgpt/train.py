@@ -24,11 +24,14 @@ from jaxgpt.config import (
     resolve,
     resumed_config,
     save_config,
+    without_effect,
 )
 from jaxgpt.data import RunData, check_same_corpora, prefetch
+from jaxgpt.keys import take
 from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
 from jaxgpt.models import count_params, find_model
 from jaxgpt.ops import paths
+from jaxgpt.optim import OptimizerConfig, check_schedule
 from jaxgpt.run import guard
 from jaxgpt.run.checkpoint import Checkpoints, run_id
 from jaxgpt.run.processes import Processes, agree, numerics
@@ -102,6 +105,10 @@ class Prepared(NamedTuple):
 def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, checkpoints: Checkpoints) -> Prepared:
     """Decides and checks all that a user can get wrong. Raises UserError; writes nothing."""
     resume, config, changes = decide_resume(config, given, checkpoints)
+    changes += without_effect(config, given or {})
+    optimizer = take(OptimizerConfig, config)
+    if not config.eval_only:
+        check_schedule(optimizer)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
     data = open_data(config, mesh, weights)
     check_data(config, data.meta, weights)
@@ -251,6 +258,7 @@ def describe_only(config: ConfigDict, devices: int | str) -> int:
     checks = (
         lambda: check_trackers(config),
         lambda: decide_resume(config, None, Checkpoints(config.out_dir)),
+        lambda: check_schedule(take(OptimizerConfig, config)),
         lambda: choose_steps_per_call(config, 0, 0.0),
         lambda: parse_tasks(config.eval_tasks),
     )
@@ -349,6 +357,7 @@ def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: i
         f"{data.micro_steps} micro-step{'s' * (data.micro_steps != 1)}",
         f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {shape}, {model.dtype}",
         f"{paths.describe(taken)}{memory_limit()}",
+        *data.notes,
         f"{'resuming at' if step else 'starting at'} step {step} of {parts.optimizer.max_iters}, in {run.out_dir}",
     ]
     return lines

@@ -1,12 +1,14 @@
 """Presets, flags and what a user gets wrong: always one line that helps, never a traceback."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import UserError
@@ -23,7 +25,9 @@ from jaxgpt.config import (
     save_config,
     unknown_key,
     validate,
+    without_effect,
 )
+from jaxgpt.keys import check
 from jaxgpt.models import abstract_params, count_params
 from jaxgpt.models.gpt2 import GPTConfig
 
@@ -136,6 +140,19 @@ def test_a_preset_that_is_none(spec, message, monkeypatch):
         parse("--config", spec)
 
 
+def test_a_presets_path_may_have_colons(tmp_path, monkeypatch):
+    """As of a drive, and of a folder; what follows .py is the argument."""
+    for folder in ("C:\\presets", "run:1", "a b"):
+        (tmp_path / folder).mkdir()
+        path = preset(tmp_path / folder, "    c.out_dir = 'here'\n    return c")
+        assert parse("--config", path).out_dir == "here"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--config=~/run:1/preset.py").out_dir == "here"
+    assert parse("--config", CPU).n_layer == 4
+    with pytest.raises(UserError, match="no preset file run:1/gone.py"):
+        parse("--config", "run:1/gone.py:size")
+
+
 # --- flags ---
 
 
@@ -238,6 +255,74 @@ def test_any_arguments_make_a_config_or_one_line(words):
         return
     validate(config)
     assert all(type(config[key]) is type(value) for key, value in default_config().items())
+
+
+NUMBERS = {
+    name: field
+    for part in all_keys("modern").values()
+    for name, field in part.items()
+    if type(field.default) in (int, float)
+}
+
+
+@given(st.sampled_from(sorted(NUMBERS)), st.floats() | st.integers(-(2**70), 2**70))
+@settings(max_examples=500)
+def test_a_number_is_what_devices_take_it_for(name, value):
+    """Every key at its limits: refused, or in float32 (int32) finite, within the limits, and 0 only if it is 0."""
+    field = NUMBERS[name]
+    value = type(field.default)(value) if math.isfinite(value) else float(value)
+    try:
+        check(field, value)
+    except UserError as error:
+        assert str(error).startswith(name)
+        return
+    if isinstance(value, float):
+        with np.errstate(all="ignore"):
+            found = float(np.float32(value))
+        assert (abs(found) >= 2.0**-126) == (value != 0)
+    else:
+        found = value
+        assert name == "seed" or value < 2**31  # seeds are unsigned
+    assert math.isfinite(found) and found >= (field.metadata["least"] or 0)
+    assert field.metadata["below"] is None or found < field.metadata["below"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", 1e-50, "is taken for 0 in float32"),
+        ("beta2", 0.99999999, "rounds to 1 in float32; set less"),  # Adam would divide by 0
+        ("average_decay", 0.99999999, "rounds to 1 in float32"),  # the average would stay at the first parameters
+        ("dropout", 0.99999999, "rounds to 1 in float32"),
+        ("weight_decay", 3.5e38, "must be below"),
+        ("grad_clip", math.inf, "is not a finite number"),
+        ("min_lr", math.nan, "is not a finite number"),
+        ("eval_iters", 2**31, "must be below"),
+        ("warmup_iters", -1, "must be at least 0"),
+        ("steps_per_call", 10**6, "must be below 10001"),
+    ],
+)
+def test_limits(name, value, message):
+    with pytest.raises(UserError, match=f"{name}=.* {message}"):
+        check(NUMBERS[name], value)
+
+
+def test_what_has_no_effect_is_said():
+    config = load_preset(CPU)
+    given = {"momentum": 0.5, "cooldown": 0.2, "learning_rate": 1.0, "sample_prompt": "a", "min_lr": 0.0}
+    assert without_effect(config, given) == [
+        "momentum has no effect with optimizer=adamw",
+        "cooldown has no effect with lr_schedule=cosine",
+        "sample_prompt has no effect with sample_interval=0",
+    ]
+    config.update(optimizer="muon", lr_schedule="linear", sample_interval=1)
+    assert without_effect(config, given) == []
+    config.decay_lr = False
+    assert without_effect(config, given) == ["min_lr has no effect with decay_lr=False"]
+    config.update(data_dir="data/a", dataset="b")
+    with pytest.raises(UserError, match="dataset=b would not count: data_dir=data/a names the corpus"):
+        without_effect(config, {"dataset": "b"})
+    assert without_effect(config, {"dataset": "b", "data_dir": "data/a"}) == []
 
 
 @given(st.text(max_size=40))

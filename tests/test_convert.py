@@ -483,7 +483,8 @@ def test_a_model_without_a_tokenizer_converts_and_says_what_is_missing(hf_folder
 
 
 def test_fine_tuning_a_converted_model_runs_end_to_end_and_its_loss_falls(hf_folder, tmp_path, monkeypatch):
-    """nanoGPT's fine-tuning preset, on its weights, its tokenizer and its text; only as small as they are."""
+    """nanoGPT's fine-tuning preset, on its weights, its tokenizer and its text; only as small as they are. The same
+    command goes on, its sizes of 0 being the run's."""
     monkeypatch.chdir(tmp_path)
     convert.main([f"--from_hf={hf_folder}", "--out_dir=start"])
     tokenizer = open_model("start", mesh=make_mesh()).tokenizer
@@ -506,3 +507,8 @@ def test_fine_tuning_a_converted_model_runs_end_to_end_and_its_loss_falls(hf_fol
     with pytest.raises(UserError, match="n_layer=3 contradicts the weights of start"):
         train.main([*argv, "--config.out_dir=other", "--config.n_layer=3"])
     assert not Path("other").exists()
+    for init_from in ([], ["--config.init_from=resume"]):
+        more = ["--config.out_dir=tuned", f"--config.max_iters={11 + len(init_from)}"]
+        assert train.main([*argv, *init_from, *more]) == 0
+    lines = Path("tuned/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == list(range(1, 13))

@@ -196,6 +196,7 @@ def test_every_parameter_has_one_role(options):
     "wrong, message",
     [
         ({"bias": True}, "bias=True: model=modern has no biases"),
+        ({"rope": 0.01}, "rope=0.01 of .* pairs of features is none; set 0, or more"),
         ({"rope": 1.5}, "rope=1.5 must be between 0 and 1"),
         ({"n_head": 8}, "n_embd / n_head = 2 features of a head must be a multiple of 4"),
         ({"sampled_softmax": 100}, "sampled_softmax=100 must be a multiple of 128, or 0"),

@@ -28,6 +28,7 @@ from jaxgpt.optim import (
     Group,
     OptimizerConfig,
     adam_bound,
+    check_schedule,
     keeps_finite,
     learning_rate,
     make_optimizer,
@@ -152,6 +153,26 @@ def test_linear_cooldown():
     np.testing.assert_allclose(rates(config, np.arange(12)), expected, rtol=1e-6)
 
 
+@given(
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    st.sampled_from(["cosine", "linear"]),
+)
+def test_a_rate_that_would_jump_is_refused(warmup_iters, lr_decay_iters, cooldown, lr_schedule):
+    """After the warm-up the rate is the highest one, unless that is said to be an error."""
+    values = dict(warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, cooldown=cooldown, lr_schedule=lr_schedule)
+    config = OptimizerConfig(**values, learning_rate=1.0, min_lr=0.1)
+    top = rates(config, np.array([warmup_iters])) == 1
+    if not top:
+        with pytest.raises(UserError, match=f"warmup_iters={warmup_iters} .*lr_decay_iters={lr_decay_iters}"):
+            check_schedule(config)
+        check_schedule(dataclasses.replace(config, decay_lr=False))
+        check_schedule(dataclasses.replace(config, lr_schedule="constant"))
+    else:
+        check_schedule(config)
+
+
 def test_a_schedule_of_ones_own(monkeypatch):
     monkeypatch.setitem(SCHEDULES, "halves", lambda config, step: config.learning_rate * 0.5**step)
     config = OptimizerConfig(lr_schedule="halves", learning_rate=1.0, warmup_iters=0)
@@ -163,6 +184,7 @@ def test_a_schedule_of_ones_own(monkeypatch):
     [
         ({"min_lr": 1e-2}, "min_lr=0.01 is above learning_rate=0.0006; lower min_lr"),
         ({"optimizer": "muon", "learning_rate": 0.0, "min_lr": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"cooldown": 1.5}, "cooldown=1.5 is a part of lr_decay_iters: at most 1"),
         ({"optimizer": "muon", "head_lr": 0.0}, "head_lr=0.0 must be above 0 with optimizer=muon"),
     ],
 )

@@ -231,8 +231,10 @@ def test_training_needs_no_tokenizer(arguments, tmp_path, monkeypatch):
     assert main(arguments(tmp_path / "run", max_iters=3)) == 0
 
 
-def test_auto_begins_where_there_is_nothing(finished, arguments, tmp_path):
-    main(arguments(tmp_path / "run", init_from="auto"))
+def test_auto_begins_where_there_is_nothing(finished, arguments, tmp_path, monkeypatch):
+    """In the home folder, which no shell puts in place of a ~ after a =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(arguments("~/run", init_from="auto"))
     assert logged(tmp_path / "run") == logged(finished)
 
 
