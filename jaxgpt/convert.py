@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt import FULL, Unavailable, UserError
+from jaxgpt import FULL, Unavailable, UserError, local_path
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import save_config
 from jaxgpt.models import find_model
@@ -104,14 +104,15 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and host memory is what there is most of
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     how = {"mesh": mesh, "dtype": "float32", "model": args.model, "model_changed": args.model_changed}
+    corpus = args.data_dir and str(local_path(args.data_dir))
     if way in EXPORTS:
-        export_run(open_model(args.out_dir, which=args.checkpoint, **how), EXPORTS[way], Path(other), args.dtype)
+        export_run(open_model(args.out_dir, which=args.checkpoint, **how), EXPORTS[way], local_path(other), args.dtype)
     else:
-        weights, known = open_checkpoint(Path(other), args.data_dir) if way == "from_nanogpt" else (None, {})
+        weights, known = open_checkpoint(local_path(other), corpus) if way == "from_nanogpt" else (None, {})
         model = open_model(init_from=other, weights=weights, **how)
         if not isinstance(model.weights, IMPORTS[way]):
             raise UserError(f"{other} is {'a jaxgpt run already' if model.weights is None else f'not for --{way}'}")
-        import_model(model, Path(args.out_dir), known)
+        import_model(model, local_path(args.out_dir), known)
     print(f"wrote {other if way in EXPORTS else args.out_dir}")
 
 

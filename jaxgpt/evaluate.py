@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import UserError, atomic_write
+from jaxgpt import UserError, atomic_write, local_path
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.run.processes import Processes
 from jaxgpt.scoring.scorer import Scorer
@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data_dir", help="where val.bin is; default: the run's")
     parser.add_argument("--block_size", type=int, help="length of `val`'s windows; default: the model's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--per_token", type=Path, metavar="FILE", help="write every scored token and its loss: a JSON "
-                        "object for each row of a task, with task, row, tokens, text and loss (nats)")  # fmt: skip
+    parser.add_argument("--per_token", type=local_path, metavar="FILE", help="write every scored token and its loss: a "
+                        "JSON object for each row of a task, with task, row, tokens, text and loss (nats)")  # fmt: skip
     args = parser.parse(argv)
     files = parse_tasks(args.tasks, also=["val"])
     if not files or files.get("val"):

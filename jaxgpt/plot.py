@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jaxgpt import UserError, from_json
+from jaxgpt import UserError, from_json, local_path
 from jaxgpt.cli import Parser, run_main
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl: each has a step
@@ -40,8 +40,10 @@ LOSSES = {  # columns of the panel "loss", and how they are drawn
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.plot", description="Draws the metrics of one or several runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("-o", "--output", type=Path, default=Path("loss.png"), help="the .png, .svg or .pdf to write")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "-o", "--output", type=local_path, default=Path("loss.png"), help="the .png, .svg or .pdf to write"
+    )
     parser.add_argument("--x", choices=X, default="step", help="the horizontal axis")
     parser.add_argument("--y", default="loss,lr", help="columns of metrics.jsonl, a panel each, with commas between")
     args = parser.parse(argv)

@@ -17,7 +17,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxgpt import UserError, __version__, atomic_write, from_json
+from jaxgpt import UserError, __version__, atomic_write, from_json, local_path
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import default_config, read_saved
 from jaxgpt.models import BUILT_IN
@@ -83,8 +83,8 @@ class Run:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.report", description="Writes one page about one or several runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="folders of runs")
+    parser.add_argument("-o", "--output", type=local_path, default=Path("report.html"), help="the page to write")
     args = parser.parse(argv)
     page = render([read_run(run, COLORS[i % len(COLORS)]) for i, run in enumerate(args.runs)])
     if args.output.is_dir():

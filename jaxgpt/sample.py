@@ -4,6 +4,7 @@
 """
 
 import argparse
+import codecs
 import contextlib
 import itertools
 import json
@@ -90,8 +91,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"{name}={getattr(args, name)} must be at least {least}")
-    if args.seed >= SEEDS:
-        raise UserError(f"seed={args.seed} must be below 2^32")
+    for name, below in {"num_samples": 2**20, "max_new_tokens": 2**31, "seed": SEEDS}.items():
+        if getattr(args, name) >= below:
+            raise UserError(f"{name}={getattr(args, name)} must be below {below}")
     if not args.out_dir and not args.init_from:
         runs = ", ".join(f"--out_dir={path.parent}" for path in sorted(Path().glob("*/config.json")))
         raise UserError(
@@ -114,7 +116,8 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"prompt": start}]
     records = []
     text = decode_text(sys.stdin.buffer.read(), "stdin") if args.prompts == "-" else read_text(args.prompts)
-    for number, line in enumerate(text.splitlines(), start=1):
+    lines = (line.removesuffix("\r") for line in text.split("\n"))  # not splitlines, which ends lines at U+2028 too
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -169,7 +172,9 @@ def write_records(
     logprobs = log_probabilities(scorer, model.params, prompt, rows)
     for i, (text, tokens, of_tokens) in enumerate(zip(texts, rows, logprobs, strict=True)):
         made = {"text": text, "tokens": tokens, "logprobs": of_tokens, "seed": seed, "sample": i}
-        print(json.dumps(record | made, ensure_ascii=False), flush=True)
+        # where stdout is not UTF-8, in ASCII: JSON is UTF-8
+        as_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+        print(json.dumps(record | made, ensure_ascii=as_ascii), flush=True)
 
 
 def cut(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: str) -> tuple[str, list[int]]:

@@ -166,6 +166,14 @@ def test_ctrl_c_stops_a_text_and_not_the_program(run, capsys, monkeypatch):
         (["--start=FILE:."], "cannot read '.': Is a directory"),
         (["--start=a", "--temperature=-1"], "temperature=-1.0 must be 0"),
         (["--start=a", "--temperature=hot"], "--temperature: invalid float value: 'hot'"),
+        (["--start=a", "--temperature=1e-38"], "temperature=1e-38 is taken for 0 in float32; set 0"),
+        (["--start=a", "--temperature=1e39"], "temperature=1e+39 rounds to inf in float32"),
+        (["--start=a", "--temperature=nan"], "temperature=nan must be 0"),
+        (["--start=a", "--top_p=nan"], "top_p=nan must be above 0"),
+        (["--start=a", "--top_k=nan"], "--top_k: invalid integer value: 'nan'"),
+        (["--start=a", "--num_samples=1e9"], "num_samples=1000000000 must be below 1048576"),
+        (["--start=a", "--max_new_tokens=1e300"], "must be below 2147483648"),
+        (["--start=a", "--seed=1e10"], "seed=10000000000 must be below 4294967296"),
         (["--start=a", "--top_p=0"], "top_p=0.0 must be above 0"),
         (["--start=a", "--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
         (["--start=a", "--top_k=-1"], "top_k=-1 must be"),
@@ -190,6 +198,33 @@ def test_mistakes_are_one_line(run, capsys, monkeypatch, tmp_path, arguments, co
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and complaint in err
+
+
+def test_lines_of_prompts_end_at_line_breaks_alone(run, capsys, tmp_path, monkeypatch):
+    """CRLF is one; U+2028, which JSON may hold, is none. A byte order mark is no text."""
+    args = sample.parse([f"--out_dir={run}", f"--prompts={tmp_path}/p"])
+    (tmp_path / "p").write_bytes("\ufeffa\u2028b\r\n\r\nc\x0cd".encode())
+    assert [record["prompt"] for record in sample.read_prompts(args)] == ["a\u2028b", "c\x0cd"]
+    args.jsonl = True
+    (tmp_path / "p").write_bytes('{"prompt": "a\u2028b"}\r\n'.encode())
+    assert sample.read_prompts(args) == [{"prompt": "a\u2028b"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_json_lines_are_json_whatever_stdout_is(run, tmp_path, monkeypatch, encoding):
+    (tmp_path / "p").write_text('{"prompt": "a", "from": "naïve 日本"}\n', encoding="utf-8")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", stdout)
+    sample.main([f"--out_dir={run}", f"--prompts={tmp_path}/p", "--jsonl", "--max_new_tokens=2"])
+    stdout.flush()
+    assert json.loads(stdout.buffer.getvalue().decode("utf-8"))["from"] == "naïve 日本"
+
+
+def test_the_home_folder(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert output(capsys, f"~/{run.name}", "--start=a", "--num_samples=1").startswith("a")
+    with pytest.raises(UserError, match="nobodyhere: there is no home folder"):
+        output(capsys, "~nobodyhere", "--start=a")
 
 
 @pytest.mark.parametrize("line", ["hello", "3", '"hello"', "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt": "a"'])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt import UserError, from_json, optional
+from jaxgpt import UserError, from_json, local_path, optional
 from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.data import Corpus, corpus_folders
 from jaxgpt.keys import take
@@ -152,7 +152,8 @@ def _records(file: str, dataset: str, subset: str | None, split: str) -> list[An
         if not file:
             datasets = optional("datasets", "jaxgpt[data]", f"fetching {dataset}, unless a file is named,")
             return list(datasets.load_dataset(dataset, subset, split=split))
-        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
+        path = local_path(file)
+        with gzip.open(path) if file.endswith(".gz") else open(path, "rb") as lines:
             return [from_json(line) for line in lines if line.strip()]
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         what = f"{file} cannot be read as JSON lines" if file else f"{dataset} cannot be fetched"
@@ -163,7 +164,7 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     """The validation split in data_dir, by default the one of a run."""
     if not data_dir and model.weights:
         raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
-    folders = [Path(data_dir)] if data_dir else corpus_folders(take(DataConfig, model.run_config))
+    folders = [local_path(data_dir)] if data_dir else corpus_folders(take(DataConfig, model.run_config))
     if len(folders) > 1:
         raise UserError(f"which corpus? {model.source} was trained on several: add --data_dir=FOLDER of one of them")
     folder, began = folders[0], read_saved(model.folder).get("environment") if not data_dir else None

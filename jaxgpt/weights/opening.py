@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError
+from jaxgpt import UserError, local_path
 from jaxgpt.cli import Parser
 from jaxgpt.config import GPT2_SIZES, DataConfig, DeviceConfig, default_config, read_config, resolve
 from jaxgpt.data import RunData, corpus_folders
@@ -164,7 +164,8 @@ def open_model(
     if (not out_dir) == (not init_from):
         raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
     source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
-    folder = Path(source)
+    folder = local_path(source)
+    source = str(folder) if source.startswith("~") else source
     has_config = not weights and source not in GPT2_SIZES and (folder / "config.json").is_file()
     if has_config and "block_size" in read_json(folder / "config.json"):  # ours; GPT-2's is called n_positions
         run, meta = read_config(folder, model=model, model_changed=model_changed), corpus_meta(folder)
