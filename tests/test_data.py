@@ -391,8 +391,10 @@ def test_a_run_tells_its_corpora_from_others(tmp_path, mesh, monkeypatch):
     recorded = facts()
     assert set(recorded) == {"tokens", "train.bin", "val.bin"}
     (tmp_path / "data" / "b" / "meta.json").unlink()
-    said = [RunData(config_of(dataset=name), 4, mesh, 1000).notes for name in "ab"]
-    assert said == [[], ["data/b does not say whose its tokens are: taken for tokens of an unknown tokenizer"]]
+    assert RunData(config_of(dataset="a"), 4, mesh).notes == []
+    for size, what in (None, "GPT-2's tokens"), (1000, "tokens of an unknown tokenizer"):
+        (note,) = RunData(config_of(dataset="b"), 4, mesh, size).notes
+        assert note == f"data/b does not say whose its tokens are: taken for {what}"
     (tmp_path / "data" / "a").rename(tmp_path / "data" / "moved")
     for found in (facts("moved"), facts("x", data_dir="data/moved")):
         check_same_corpora(recorded, found, "run")
