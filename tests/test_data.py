@@ -295,15 +295,15 @@ def test_no_window_twice_and_none_left_out(folder, plan):
 MESHES = st.sampled_from([(8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)])
 
 
-@given(st.lists(st.tuples(MESHES, st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
-@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(MESHES, st.integers(1, 12), st.booleans()), min_size=1, max_size=6))
+@settings(max_examples=10, deadline=None)
 def test_placed_batches_go_on_too(folder, plan):
     """Mesh, batch size and micro-steps changed at any step: the rows of a step are those of its samples, over several
     steps in a call. So with `shuffle` no window of an epoch is read twice or never."""
     corpus = corpus_of(folder / "placed", np.arange(3000), block_size=8)
     auto = (jax.sharding.AxisType.Auto,) * 3
     spec = PartitionSpec(None, None, ("data", "fsdp"), None)
-    one_by_one = Batches(corpus, seed=3, rows=1, block_size=8)
+    samples = Batches(corpus, seed=3, rows=6 * 12 * 16, block_size=8).rows_at(0)
     step, sample, starts = 0, 0, []
     for mesh, rows, twice in plan:
         sharding = NamedSharding(jax.make_mesh(mesh, ("data", "fsdp", "tensor"), axis_types=auto), spec)
@@ -311,8 +311,7 @@ def test_placed_batches_go_on_too(folder, plan):
         batches.begin(step, sample)
         micro_steps = 1 + twice * (rows % 2 == 0)
         placed = np.asarray(place(batches, step, steps=2, micro_steps=micro_steps, sharding=sharding)).reshape(-1, 9)
-        expected = [one_by_one.rows_at(sample + i)[0].tolist() for i in range(rows * 16)]
-        assert placed.tolist() == expected
+        assert np.array_equal(placed, samples[sample : sample + rows * 16])
         starts += placed[:, 0].tolist()
         step, sample = step + 2, batches.samples(step + 2)
     windows = (3000 - 8) // 8

@@ -211,7 +211,7 @@ def test_a_stop_amid_an_evaluation_is_heard_and_nothing_is_told_twice(tiny_confi
             {k: v for k, v in json.loads(x).items() if k not in ("step_ms", "tokens_per_s", "wall_s")} for x in lines
         ]
 
-    sizes = {"max_iters": 2, "eval_interval": 2, "eval_iters": 20, "lr_decay_iters": 2}
+    sizes = {"max_iters": 2, "eval_interval": 2, "eval_iters": 20, "lr_decay_iters": 2, "warmup_iters": 1}
     calm = tiny_config(out_dir=str(tmp_path / "calm"), **sizes)
     assert train(calm) == Exit.DONE
     config, asked, requested = tiny_config(out_dir=str(tmp_path / "run"), init_from="auto", **sizes), 0, Stop.requested

@@ -231,12 +231,12 @@ def _decoded(f: io.BufferedIOBase, path: str) -> Iterator[str]:
     while block:
         block = f.read(PIECE)
         pending = len(decoder.getstate()[0])  # bytes of an unfinished character
-        if not begun and 4 * block[:4096].count(0) > len(block[:4096]):  # NULs are UTF-8, but this is UTF-16 or binary
-            raise _not_utf8(path, block.index(0))
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, count - pending + error.start) from None
+        if not begun and 4 * block[:4096].count(0) > len(block[:4096]):  # NULs are UTF-8, but this is UTF-16 or binary
+            raise _not_utf8(path, block.index(0))
         count += len(block)
         yield text if begun else text.removeprefix("\ufeff")
         begun = begun or bool(text)
