@@ -24,6 +24,7 @@ from jaxgpt.models import ModelConfig, find_model
 from jaxgpt.ops import fp8
 from jaxgpt.optim import OptimizerConfig
 from jaxgpt.sharding import check_heads
+from jaxgpt.trackers import TrackerConfig
 
 # layers, heads, width of OpenAI's four releases; each has block_size 1024, vocabulary 50257 and biases
 GPT2_SIZES = {
@@ -95,10 +96,6 @@ class RunConfig:
     always_save_checkpoint: bool = key(True, "False: only when the validation loss improves")
     keep_checkpoints: int = key(2, "the newest so many are kept, and the best one", least=1)
     log_interval: int = key(1, "steps between log lines", least=1)
-    tensorboard_log: bool = key(False, "also write TensorBoard events into out_dir")
-    wandb_log: bool = key(False, "also log to Weights & Biases")
-    wandb_project: str = key("jaxgpt", "project of Weights & Biases")
-    wandb_run_name: str = key("gpt2", "the run's name there")
     max_bad_steps: int = key(10, "stop after so many non-finite steps in a row", least=1)
     stall_timeout: float = key(1800.0, "seconds without a finished step before the run ends itself; 0 disables")
 
@@ -113,7 +110,7 @@ class Parts(NamedTuple):
     run: RunConfig
 
 
-PARTS = (RunConfig, DataConfig, OptimizerConfig, DeviceConfig)
+PARTS = (RunConfig, DataConfig, OptimizerConfig, DeviceConfig, TrackerConfig)
 SAME_ON_RESUME = ("seed", "data_order")  # and all keys of the model: with other values it would be another run
 
 

@@ -1,7 +1,6 @@
-"""What a run reports: FLOPs and MFU; console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""What a run reports: FLOPs and MFU; console lines, metrics.jsonl, events.jsonl, and its trackers."""
 
 import contextlib
-import importlib
 import json
 import logging
 import math
@@ -24,8 +23,9 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxgpt import FULL, Unavailable, UserError, __version__, from_json, optional
+from jaxgpt import FULL, Unavailable, UserError, __version__
 from jaxgpt.console import say
+from jaxgpt.trackers import Tracker, chosen, seconds_so_far
 
 log = logging.getLogger(__name__)
 
@@ -169,26 +169,6 @@ class Stopwatch:
         self._last = None
 
 
-def check_trackers(config: ConfigDict) -> None:
-    """Raises UserError if a tracker is asked for that is not installed, or W&B without a key that it accepts."""
-    for key, module in (("tensorboard_log", "tensorboard"), ("wandb_log", "wandb")):
-        if config[key]:
-            optional(module, "jaxgpt[track]", key)
-    if config.wandb_log and not jax.process_index():
-        with wandb_errors() as wandb:
-            wandb.login()  # on a terminal it asks for a key that is missing
-
-
-@contextlib.contextmanager
-def wandb_errors() -> Iterator[Any]:
-    """The module; what it raises within becomes a UserError."""
-    wandb = optional("wandb", "jaxgpt[track]", "wandb_log")
-    try:
-        yield wandb
-    except wandb.Error as error:
-        raise UserError(f"wandb_log: {error}") from None
-
-
 def bar_hidden() -> bool | None:
     """tqdm's `disable`: True hides a progress bar, None shows it where stderr is a terminal."""
     if jax.process_index():
@@ -226,7 +206,7 @@ class Reporter:
         self._file: IO[str] | None = None
         self._events: IO[str] | None = None
         self._samples: IO[str] | None = None
-        self._board = self._wandb = None
+        self._trackers: dict[str, Tracker] = {}
         self._tokens, self._failed = tokens, set[str]()
         self._closing = contextlib.ExitStack()
         hidden = bar_hidden()
@@ -236,18 +216,11 @@ class Reporter:
         self._closing.callback(self._bar.close)
         if jax.process_index():
             return
-        if config.tensorboard_log:
-            self._board = Board(folder)
-            self._closing.enter_context(self._surviving("TensorBoard"))
-            self._closing.callback(self._board.close)
-        if config.wandb_log:
-            known = {"id": run_id, "resume": "allow"} if run_id else {}
-            how = {"project": config.wandb_project, "name": config.wandb_run_name, "config": config.to_dict()}
-            with wandb_errors() as wandb:
-                self._wandb = wandb.init(**how, **known)
-            self._closing.enter_context(self._surviving("W&B"))
-            self._closing.callback(self._wandb.finish)
-        self._began = time.monotonic() - _seconds_so_far(folder / "metrics.jsonl")
+        for tracker in chosen(config):
+            self._trackers[tracker.name] = started = tracker(folder, config, run_id)
+            self._closing.enter_context(self._surviving(tracker.name))
+            self._closing.callback(started.close)
+        self._began = time.monotonic() - seconds_so_far(folder / "metrics.jsonl")
         self._closing.enter_context(contextlib.suppress(OSError))  # of a full disk, which `record` has told of
         self._events = self._open(folder / "events.jsonl")
         self._file = self._open(folder / "metrics.jsonl")
@@ -285,12 +258,10 @@ class Reporter:
             self._file.flush()
             self.lines += 1
         numbers = {k: v for k, v in row.items() if v is not None}
-        if self._board and "TensorBoard" not in self._failed:
-            with self._surviving("TensorBoard"):
-                self._board.add(step, numbers, time.time())
-        if self._wandb and "W&B" not in self._failed:
-            with self._surviving("W&B"):
-                self._wandb.log(numbers, step=step)
+        for name, tracker in self._trackers.items():
+            if name not in self._failed:
+                with self._surviving(name):
+                    tracker.add(step, numbers, time.time())
 
     def event(self, step: int, event: str, detail: str = "") -> None:
         """Writes to events.jsonl what happened to the run at `step`: `saved`, `stopped`. detail: a line for people."""
@@ -346,60 +317,3 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
-
-
-def _seconds_so_far(metrics: Path) -> float:
-    """The last line's wall_s; 0 where there is none."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 2**14))  # lines are a few hundred bytes
-            return float(from_json(file.read().splitlines()[-1])["wall_s"])
-    except (OSError, ValueError, TypeError, LookupError):
-        return 0.0
-
-
-class Board:
-    """A run's event file for TensorBoard: the rows of metrics.jsonl, and those that are added.
-
-    Each start writes it anew (0.1 ms a row), as TensorBoard's readers do not agree on when a later event replaces an
-    earlier one of the same step. Event files of others in the folder stay. Raises UserError without TensorBoard.
-    """
-
-    SUFFIX = ".jaxgpt"  # of the names of our files
-
-    def __init__(self, folder: Path):
-        optional("tensorboard", "jaxgpt[track]", "tensorboard_log")
-        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-        self._event, self._summary, self._tensor = (
-            importlib.import_module(f"tensorboard.compat.proto.{name}_pb2") for name in ("event", "summary", "tensor")
-        )
-        for path in folder.glob(f"events.out.tfevents.*{self.SUFFIX}"):
-            # emptied at one start, removed at the next: a TensorBoard that reads it goes no further where it is missing
-            if path.is_symlink() or not path.stat().st_size:
-                path.unlink()
-            else:
-                os.truncate(path, 0)
-        self._file = writer.EventFileWriter(str(folder), filename_suffix=self.SUFFIX)
-        # a TensorBoard that is watching forgets what it has read of the file before
-        begun = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._file.add_event(self._event.Event(wall_time=time.time(), step=0, session_log=begun))
-        plugin = self._summary.SummaryMetadata.PluginData(plugin_name="scalars")
-        kind = self._summary.DATA_CLASS_SCALAR
-        self._scalar = self._summary.SummaryMetadata(plugin_data=plugin, data_class=kind)
-        metrics = folder / "metrics.jsonl"
-        began = time.time() - _seconds_so_far(metrics)
-        with contextlib.suppress(FileNotFoundError), metrics.open(encoding="utf-8") as rows:
-            for row in map(from_json, rows):
-                values = {k: v for k, v in row.items() if k != "step" and v is not None}
-                self.add(row["step"], values, began + values["wall_s"])
-
-    def add(self, step: int, values: dict[str, float], time_s: float) -> None:
-        """Scalars of `step`. time_s: when they were made, since the epoch."""
-        event = self._event.Event(wall_time=time_s, step=step)
-        for name, value in values.items():
-            tensor = self._tensor.TensorProto(dtype="DT_FLOAT", float_val=[value])
-            event.summary.value.add(tag=name, tensor=tensor, metadata=self._scalar)
-        self._file.add_event(event)
-
-    def close(self) -> None:
-        self._file.close()

@@ -28,7 +28,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.data import RunData, check_same_corpora, prefetch
 from jaxgpt.keys import take
-from jaxgpt.metrics import Reporter, Stopwatch, check_trackers, environment, peak_flops
+from jaxgpt.metrics import Reporter, Stopwatch, environment, peak_flops
 from jaxgpt.models import count_params, find_model
 from jaxgpt.ops import paths
 from jaxgpt.optim import OptimizerConfig, check_schedule
@@ -43,6 +43,7 @@ from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, compl
 from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.tools.memory import check_fits
+from jaxgpt.trackers import check_trackers
 from jaxgpt.weights.opening import OpenedModel, check_data, open_data, open_weights
 
 SLOW_LIMIT_S = 3600.0  # for what is slower than a step (compilation, evaluation, saves), where stall_timeout is shorter

@@ -15,7 +15,7 @@ ROOMS = (
     r"keys|console|cli|tokenizer|sharding",
     r"ops(\..+)?",
     r"models(\..+)?",
-    r"optim",
+    r"optim|trackers",
     r"config",
     r"data|step|decoding|metrics",
     r"run\..+",

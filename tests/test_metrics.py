@@ -16,8 +16,9 @@ import jax
 import pytest
 
 from jaxgpt import UserError, console, metrics
-from jaxgpt.metrics import Board, Reporter, Stopwatch, check_trackers, peak_flops, peak_memory_gib
+from jaxgpt.metrics import Reporter, Stopwatch, peak_flops, peak_memory_gib
 from jaxgpt.run.guard import trim_jsonl
+from jaxgpt.trackers import TensorBoard, check_trackers
 
 
 def device(kind: str):
@@ -138,7 +139,7 @@ def test_whatever_fails_is_said_once_and_the_run_goes_on(tmp_path, tiny_config, 
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     wandb.init.return_value.log.side_effect = ConnectionError("gone")
     with Reporter(tmp_path, tiny_config(wandb_log=True, tensorboard_log=True), first_step=0) as reporter:
-        reporter._board.close()  # what it is told from now on is an error
+        reporter._trackers["TensorBoard"].close()  # what it is told from now on is an error
         file, full = reporter._file, mock.Mock()
         full.write.side_effect = OSError(28, "No space left on device")
         reporter._file = full
@@ -198,7 +199,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, tiny_config):
         assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=60)
         assert "grad_norm" not in reader.Tags()["tensors"]
     assert [path.stat().st_size > 0 for path in sorted(tmp_path.glob("*tfevents*"))] == [False, False, True]
-    Board(tmp_path).close()
+    TensorBoard(tmp_path).close()
     assert len(list(tmp_path.glob("*tfevents*"))) == 3 and theirs.exists()
 
 
