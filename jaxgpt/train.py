@@ -114,9 +114,9 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
     data = open_data(config, mesh, weights)
     check_data(config, data.meta, weights)
     if resume:
-        check_same_corpora(read_saved(Path(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
         ours, corpus = corpus_meta(config.out_dir, data.vocab_size), config.data_dir or config.dataset
         check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
+        check_same_corpora(read_saved(Path(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
     agree("data", data.facts())
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     evaluate = Evaluation(parts, data, mesh)

@@ -444,7 +444,7 @@ MISTAKES = {
     "another model": (lambda m: m.existing(init_from="resume", n_embd=32), "n_embd=32, but the run in"),
     "another vocabulary": (
         lambda m: m.existing(init_from="resume", data_dir=m.larger_vocabulary()),
-        "was trained on another corpus",
+        "has GPT-2's tokens, the run in",
     ),
     "past its end": (lambda m: m.existing(init_from="resume", max_iters=6), "is at step 8 already; raise max_iters=6"),
     "a model's folder": (lambda m: m.holding("model.safetensors"), "holds a model (model.safetensors)"),
