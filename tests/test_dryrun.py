@@ -145,6 +145,19 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert loops_factor(HLO) == pytest.approx((5 * body + rest) / (body + rest))
 
 
+def test_a_loop_whose_condition_alone_has_its_bound():
+    """As TPUs' compiler writes it."""
+    known = ', backend_config={"known_trip_count":{"n":"5"}}'
+    condition = (
+        "%c (q: (s32[], f32[4,8])) -> pred[] {\n  %n = s32[]{:T(128)} constant(5)\n  %i = s32[] get-tuple-element(%q)\n"
+    )
+    condition += "  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}\n\n"
+    assert known in HLO
+    hlo = HLO.replace(known, "").replace("ENTRY", condition + "ENTRY")
+    assert collectives(hlo) == collectives(HLO) and loops_factor(hlo) == loops_factor(HLO)
+    assert collectives(hlo.replace("constant(5)", "parameter(0)"))["all-gather"] == (1, 512)
+
+
 def test_asynchronous_collectives_are_counted():
     assert async_pairs(HLO) == 1
 

@@ -141,7 +141,7 @@ def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool, name: s
 
 
 def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> list[str]:
-    """A line on the least time that arithmetic and memory traffic take on a device of this kind, if that is known.
+    """A line on the time that arithmetic, or memory traffic, takes on a device of this kind, if that is known.
 
     flops: of a step on a device, by the formula that MFU goes by. device: one that the step was compiled for.
     """
@@ -155,7 +155,7 @@ def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> l
     seconds = max(flops / peak, size / rate)
     return [
         f"{compute}; {size / 1e9:.1f} GB of memory traffic, {1e3 * size / rate:.1f} ms at {rate / 1e9:g} GB/s: "
-        f"at least {1e3 * seconds:.1f} ms, MFU at most {100 * flops / peak / seconds:.0f}%"
+        f"roofline {1e3 * seconds:.1f} ms, MFU up to {100 * flops / peak / seconds:.0f}%"
     ]
 
 
@@ -202,10 +202,10 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
                 made = size_of[result] - (taken if kind[2] else 0)  # -start also holds its operands
                 calls, size = found.get(kind[1], (0, 0))
                 found[kind[1]] = calls + times, size + times * max(taken, made)
-            loop = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+            trips = _trips(computations, rest) if operation == "while" else 1
             called = re.findall(r"(?:body|calls|to_apply|\w+_computations?)=(\{.*?\}|[^ ,]+)", rest)
             for name in re.findall(r"[\w.\-]+", " ".join(called)):
-                count(name, times * int(loop[1]) if loop else times)
+                count(name, times * trips)
 
     count("ENTRY", 1)
     return found
@@ -231,9 +231,9 @@ def loops_factor(hlo: str) -> float:
             result, shape, operation, rest = instruction.groups()
             size_of[result] = _bytes(shape)
             if operation == "while":
-                loop = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
                 body = re.search(r"body=%?([\w.\-]+)", rest)
-                total += (int(loop[1]) if loop and looping else 1) * weigh(body[1], looping) if body else 0
+                trips = _trips(computations, rest) if looping else 1
+                total += trips * weigh(body[1], looping) if body else 0
             elif operation not in ("parameter", "get-tuple-element", "tuple", "bitcast", "constant"):
                 operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
                 total += size_of[result] + sum(size_of.get(x, 0) for x in operands)
@@ -241,6 +241,19 @@ def loops_factor(hlo: str) -> float:
 
     once = weigh("ENTRY", looping=False)
     return weigh("ENTRY", looping=True) / once if once else 1.0
+
+
+def _trips(computations: dict[str, list[re.Match]], rest: str) -> int:
+    """How often a while loop runs, as the compiler knows it, or as its condition says (TPUs'); 1 where neither does."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    bounds = [
+        int(number[1])
+        for instruction in computations.get(condition[1] if condition else "", ())
+        if instruction[3] == "constant" and (number := re.match(r"(\d+)\)", instruction[4]))
+    ]
+    return bounds[0] if len(bounds) == 1 else 1
 
 
 def _computations(hlo: str) -> dict[str, list[re.Match]]:
