@@ -1,20 +1,33 @@
 #!/usr/bin/env bash
-# Trains on a queued slice of Cloud TPUs, one process a host: scripts/launch_tpu.sh --config configs/gpt2.py
+# Trains on queued slices of Cloud TPUs, one process a host: scripts/launch_tpu.sh --config configs/gpt2.py
 # Edit these; the run's folder and the data are on a disk or bucket mounted at the same place on every host.
 project=my-project zone=us-east5-b name=jaxgpt
-accelerator=v6e-64 runtime=v2-alpha-tpuv6e
+accelerator=v6e-64 runtime=v2-alpha-tpuv6e slices=1 # several are joined by the data-center network: mesh_data over them
 repository=https://github.com/you/jaxgpt.git mount='mountpoint -q /shared'
 #
-# The first call queues the slice, waits until it is there and sets up every host; a later one only starts the run,
-# which goes on from its last checkpoint. To give the slice back:
+# The first call queues the slices, waits until they are there and sets up every host; a later one only starts the run,
+# which goes on from its last checkpoint. To give the slices back:
 #   gcloud compute tpus queued-resources delete jaxgpt --project my-project --zone us-east5-b --force
 set -euo pipefail
 
 at=(--project "$project" --zone "$zone")
-on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" "${at[@]}" --worker=all --command="$1"; }
+node=(--node-id "$name") nodes=("$name")
+if [ "$slices" -gt 1 ]; then
+    node=(--node-count "$slices" --node-prefix "$name") nodes=()
+    for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+fi
+on_all_hosts() {
+    local jobs=() status=0
+    for slice in "${nodes[@]}"; do
+        gcloud compute tpus tpu-vm ssh "$slice" "${at[@]}" --worker=all --command="$1" &
+        jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+    return $status
+}
 
 if ! gcloud compute tpus queued-resources describe "$name" "${at[@]}" >/dev/null 2>&1; then
-    gcloud compute tpus queued-resources create "$name" "${at[@]}" --node-id "$name" \
+    gcloud compute tpus queued-resources create "$name" "${at[@]}" "${node[@]}" \
         --accelerator-type "$accelerator" --runtime-version "$runtime"
 fi
 while state=$(gcloud compute tpus queued-resources describe "$name" "${at[@]}" --format='value(state.state)'); do
