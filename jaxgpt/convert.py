@@ -71,6 +71,7 @@ def import_model(model: OpenedModel, out_dir: Path, known: Mapping[str, Any]) ->
         save_config(model.run_config, folder, model_source=find_model(model.run_config.model).source)
         copy_tokenizer(model.language, model.folder, folder)
         checkpoints = Checkpoints(folder)
+        checkpoints.check_room({"params": model.params})
         checkpoints.save(0, {"params": model.params}, {"source": model.source, **known})
         if not checkpoints.wait():
             raise UserError(f"the checkpoint could not be written in {out_dir}; see the line above")

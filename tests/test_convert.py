@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_nanogpt import SHAPE, checkpoint, corpus, reference
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from jaxgpt import UserError, convert, train
+from jaxgpt import Unavailable, UserError, convert, train
 from jaxgpt.config import default_config, save_config
 from jaxgpt.decoding import Generator, Sampling
 from jaxgpt.keys import take
@@ -403,6 +404,14 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, way):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_without_room_for_an_import_is_one_error(hf_folder, tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10**4))
+    with pytest.raises(Unavailable, match="no room for a checkpoint: 10,000 bytes are free, .* make room"):
+        convert.main([f"--from_hf={hf_folder}", f"--out_dir={tmp_path / 'new'}"])
+    assert not list(tmp_path.iterdir()) and not caplog.messages
 
 
 def test_of_several_processes_the_first_does_the_work(hf_folder, tmp_path, monkeypatch):
