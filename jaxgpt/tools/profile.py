@@ -1,7 +1,7 @@
 """Where a step's GPU time goes, by kind of kernel, beside the least work of each kind."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,13 +63,13 @@ def profile_table(trace_dir: str, steps: int, least: dict[str, tuple[float, str]
 
     def totals(name_of: Callable[[str], str]) -> list[tuple[str, float, int]]:
         """Names with ms and kernels a step, the largest first."""
-        ms: Counter[str] = Counter()
-        count: Counter[str] = Counter()
+        ms, count = defaultdict(float), Counter()
         for kernel, _, duration_ns in events:
             name = name_of(kernel)
             ms[name] += duration_ns / 1e6 / steps
             count[name] += 1
-        return [(name, total, count[name] // steps) for name, total in ms.most_common()]
+        ordered = sorted(ms.items(), key=lambda item: -item[1])
+        return [(name, total, count[name] // steps) for name, total in ordered]
 
     def kind(kernel: str) -> str:
         return next((k for k, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other elementwise")
