@@ -291,7 +291,7 @@ def test_a_constant_rate_of_1_is_optax_adamw():
     state, their_state = ours.init(params), theirs.init(params)
     for step in range(5):
         grads = random_tree(1 + step)
-        updates, state = ours.update(grads, state, params, step=step)
+        updates, state = ours.update(grads, state, params, step=jnp.int32(step))
         expected, their_state = theirs.update(grads, their_state, params)
         assert all((updates[name] == expected[name]).all() for name in SHAPES)
 
