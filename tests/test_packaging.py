@@ -36,7 +36,7 @@ def test_a_command_runs_its_module():
 CORPORA = [Path(name).parent.name for name in shipped("data/*/prepare.py")]
 
 
-@pytest.mark.parametrize("command", [*(COMMANDS.keys() - {"prepare"}), *(f"prepare {name}" for name in CORPORA)])
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"prepare"}), *(f"prepare {name}" for name in CORPORA)])
 def test_help_explains_each_argument(command, monkeypatch):
     """And its usage is what the user typed."""
     monkeypatch.setattr("jaxgpt.sharding.configure_jax", lambda: None)
