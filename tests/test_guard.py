@@ -1,5 +1,6 @@
 """Locks, signals, stalls and torn metrics, most of them in real processes that are really killed."""
 
+import functools
 import json
 import os
 import random
@@ -231,8 +232,10 @@ def test_a_folder_that_goes_away_amid_the_locking_is_a_user_error(tmp_path, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
-    before = signal.getsignal(number)
+def test_a_signal_asks_and_handlers_are_put_back(number, capfd, request):
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    before = signal.default_int_handler
+    signal.signal(number, before)  # SIGHUP may be ignored here, as it is under nohup
     with Stop() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), number)
@@ -287,7 +290,8 @@ def test_a_closed_terminal_saves_and_one_that_was_to_be_ignored_is(tmp_path):
     wait_for(kept, "ready")
     wait_for(kept, "computed")
     kept.send_signal(signal.SIGHUP)
-    closed = spawn("import sys; sys.stderr.close(); sys.stderr = open('/dev/full', 'w')\n" + STOPPABLE, 0.001)
+    open_terminal = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    closed = spawn(f"{open_terminal}sys.stderr.close(); sys.stderr = open('/dev/full', 'w')\n" + STOPPABLE, 0.001)
     wait_for(closed, "ready")
     closed.send_signal(signal.SIGHUP)
     assert closed.wait(timeout=30) == Exit.STOPPED and closed.communicate()[0].endswith("saved\n")

@@ -62,10 +62,10 @@ class ModernConfig(ModelConfig):
             raise UserError("bias=True: model=modern has no biases; set --config.bias=false")
         if not 0 <= self.rope <= 1:
             raise UserError(f"rope={self.rope} must be between 0 and 1")
-        if self.rope and not round(self.rope * (self.head_size // 2)):
-            raise UserError(f"rope={self.rope} of {self.head_size // 2} pairs of features is none; set 0, or more")
         if self.rope and self.head_size % 4:
             raise UserError(f"n_embd / n_head = {self.head_size} features of a head must be a multiple of 4 to turn")
+        if self.rope and not round(self.rope * (self.head_size // 2)):
+            raise UserError(f"rope={self.rope} of {self.head_size // 2} pairs of features is none; set 0, or more")
         if self.sampled_softmax % 128:
             raise UserError(f"sampled_softmax={self.sampled_softmax} must be a multiple of 128, or 0")
         if 2 * self.value_embeds > self.n_layer:
