@@ -4,6 +4,7 @@ import functools
 import math
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import UserError
+from jaxgpt import UserError, sharding
 from jaxgpt.config import GPT2_SIZES, default_config, resolve
 from jaxgpt.models import abstract_params, role_of, roles
 from jaxgpt.models.gpt2 import GPTConfig
@@ -298,3 +299,20 @@ print(min(counts))
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
     assert faults("keep_freed_memory()") < faults("") / 4
+
+
+def test_without_a_home_folder_programs_are_cached_in_the_temporary_one(monkeypatch):
+    """In a container a user may have no HOME and no line in the system's list."""
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    kept = {}
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(sharding, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(jax.config, "update", kept.__setitem__)
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    sharding.configure_jax()
+    assert kept["jax_compilation_cache_dir"].startswith(tempfile.gettempdir())
