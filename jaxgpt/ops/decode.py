@@ -177,7 +177,7 @@ def _tile(batch: int, o: int, k: int, normalizes: bool) -> Tile:
     if batch == 1 and 1024 < k <= 4096:
         return Tile(2, groups=min(4, pl.cdiv(o, 1024)), num_warps=4) if normalizes else Tile(1, num_warps=4)
     if batch == 1:  # one warp owns whole rows, so nothing waits for another warp
-        block = next(n for n in (4, 2, 1) if n == 1 or (o >= n * 512 and n * k <= (4096 if normalizes else 8192)))
+        block = next(n for n in (4, 2, 1) if n == 1 or (k <= 1024 and o >= n * 512))
         return Tile(block, groups=max(1, o // (block * 2048)))
     block = 32 if o > 8192 else 16
     return Tile(block, num_warps=4 if k <= 1024 or batch > 16 else 2, num_stages=6 if batch <= 16 else 3)
