@@ -99,17 +99,17 @@ def adamw(config: "OptimizerConfig") -> dict[str, Group]:
 
 def muon(config: "OptimizerConfig") -> dict[str, Group]:
     """Muon for matrices, with learning_rate and weight decay; Adam without decay for all else, with other rates."""
-    rates = {"embedding": config.embedding_lr, "head": config.head_lr, "vector": config.vector_lr}
     # eps as in modded-nanogpt: the rows of rare tokens have gradients far below 1e-8
-    rules = {group: optax.adam(1.0, config.beta1, config.beta2, eps=1e-10) for group in rates}
-    rules["matrix"] = optax.chain(scale_by_muon(config), cautious_decay(config.weight_decay), optax.scale(-1.0))
-    rates["matrix"] = config.learning_rate
-    # of a matrix with singular values near 1 no element is above them; √(out/in) is far below 1e4
-    bounds = dict.fromkeys(rates, adam_bound(config.beta1, config.beta2)) | {"matrix": 1e4}
-    return {
-        name: Group(lambda role, name=name: role.group == name, rules[name], rates[name], bounds[name])
-        for name in rules
+    adam, bound = optax.adam(1.0, config.beta1, config.beta2, eps=1e-10), adam_bound(config.beta1, config.beta2)
+    orthogonal = optax.chain(scale_by_muon(config), cautious_decay(config.weight_decay), optax.scale(-1.0))
+    groups = {
+        "embedding": (adam, config.embedding_lr, bound),
+        "head": (adam, config.head_lr, bound),
+        "vector": (adam, config.vector_lr, bound),
+        # of a matrix with singular values near 1 no element is above them; √(out/in) is far below 1e4
+        "matrix": (orthogonal, config.learning_rate, 1e4),
     }
+    return {name: Group(lambda role, name=name: role.group == name, *how) for name, how in groups.items()}
 
 
 # name -> the optimizer's groups; a role must be in exactly one

@@ -126,8 +126,7 @@ class Checkpoints:
 
     def check_room(self, state: Any) -> None:
         """Raises Unavailable where a new run's disk has no room for one checkpoint of `state`, a pytree of shapes."""
-        need = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state)) + SPARE
-        if self._first and (lacks := _lacks(self.folder.parent, need)):
+        if self._first and (lacks := _lacks(self.folder.parent, _need(state))):
             raise Unavailable(f"{self.folder.parent} has no room for a checkpoint: {lacks}; make room")
 
     # --- what is there ---
@@ -187,7 +186,7 @@ class Checkpoints:
                     _sync_metrics(self.folder.parent)
                     _write_record(self.folder / str(step), {**self._record(step), "info": info})
                 else:
-                    _make_room(working, sum(x.nbytes for x in arrays.values()) + SPARE)
+                    _make_room(working, _need(arrays))
             except FAILURES as raised:
                 error = raised
         if on_disk or not everywhere(error is None):
@@ -471,6 +470,11 @@ def _make_room(working: Path, need: int) -> None:
     if lacks := _lacks(working, need):
         working.rmdir()
         raise OSError(errno.ENOSPC, lacks)
+
+
+def _need(tree: Any) -> int:
+    """Bytes that a checkpoint of these arrays, or shapes, takes at most."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)) + SPARE
 
 
 def _lacks(folder: Path, need: int) -> str:

@@ -70,16 +70,17 @@ def parse(text: str) -> Name:
         if slices or not re.fullmatch(r"[1-9]\d{0,5}", shape or "1"):
             raise UserError(f"{text} is no number of GPUs; write {kind}:8 for eight")
         return Name(kind, "", 1, int(shape or 1))
-    there = FLAT if kind in ("v5e", "v6e") else deep()
-    if shape not in there:
+    if shape not in shapes(kind):
         raise UserError(
             f"{text}: there is no {kind} slice of {shape or 'no shape'}; the nearest is {closest(shape, kind)}"
         )
     return Name(kind, shape, int(slices or 1), int(slices or 1) * math.prod(map(int, shape.split("x"))))
 
 
-def deep() -> list[str]:
-    """Shapes of v4's and v5p's slices: 2x2x1, and sides of 2 or multiples of 4 in ascending order, up to 16x16x24."""
+def shapes(kind: str) -> Sequence[str]:
+    """Of slices. Those of v4 and v5p: 2x2x1, and sides of 2 or multiples of 4 in ascending order, up to 16x16x24."""
+    if kind in ("v5e", "v6e"):
+        return FLAT
     sides = (2, 4, 8, 12, 16, 20, 24)
     cubes = itertools.combinations_with_replacement(sides, 3)
     return ["2x2x1", "2x2x2", "2x2x4", "2x4x4", *("x".join(map(str, c)) for c in cubes if c[0] >= 4 and c[1] <= 16)]
@@ -94,7 +95,7 @@ def closest(shape: str, kind: str) -> str:
         chips = abs(math.log(max(1, math.prod(wanted)) / math.prod(sides)))
         return chips, sum(abs(a - b) for a, b in zip(sorted(wanted), sorted(sides), strict=False))
 
-    return f"{kind}:{min(FLAT if kind in ('v5e', 'v6e') else deep(), key=distance)}"
+    return f"{kind}:{min(shapes(kind), key=distance)}"
 
 
 def describe_tpus(name: Name) -> Sequence[Any]:
