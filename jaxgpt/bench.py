@@ -82,16 +82,16 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         times.append((ms, fixed_ms))
     step_ms, fixed_ms = (statistics.median(column) for column in zip(*times, strict=True))
     n = count_params(parts.model, state.params)
-    flops = parts.model.flops_per_token(state.params) * data.tokens_per_step
-    speed = Stopwatch(flops, data.tokens_per_step).speed(step_ms / 1e3)
-    causal = 1 - parts.model.attention_flops_per_token() / 2 * data.tokens_per_step / flops
+    flops = parts.model.flops_per_token(state.params)
+    speed = Stopwatch(flops * data.tokens_per_step, data.tokens_per_step).speed(step_ms / 1e3)
+    strict = parts.model.strict_flops_per_token(state.params) / flops
     result = {
         "what": "train",
         "step_ms": round(step_ms, 3),
         "step_ms_fixed_batch": round(fixed_ms, 3),
         "tokens_per_s": round(speed["tokens_per_s"]),
         "mfu": round(speed["mfu"], 4) if "mfu" in speed else None,  # nanoGPT's
-        "mfu_strict": round(speed["mfu"] * causal, 4) if "mfu" in speed else None,  # what the causal mask leaves
+        "mfu_strict": round(speed["mfu"] * strict, 4) if "mfu" in speed else None,  # what the causal mask leaves
         "peak_gib": round(peak_memory_gib(), 2),
         "trace_s": round(lowered_at - begin_trace, 1),
         "compile_s": round(compiled_at - lowered_at, 1),

@@ -108,7 +108,7 @@ class ModelConfig:
     # resolved, not keys
     vocab_size: int = 50257
     dtype: str = "float32"  # of the computation; parameters are always float32
-    attention: str = "xla"  # xla | cudnn
+    attention: str = "xla"  # xla | cudnn | splash
     kernels: bool = False  # the fast paths of jaxgpt/ops where they support the case
     remat: str = "none"  # none | block: recompute each block in the backward pass
     matmul_dtype: str = "auto"  # auto: dtype | fp8: 8 bits in products with weights
@@ -169,8 +169,12 @@ class ModelConfig:
         raise NotImplementedError
 
     def attention_flops_per_token(self) -> float:
-        """Those that scores and weighted sums take, all T² pairs of tokens counted; a causal mask leaves half."""
+        """Those that scores and weighted sums take, all T² pairs of tokens counted."""
         return 0.0
+
+    def strict_flops_per_token(self, params: Params) -> float:
+        """flops_per_token with the half of the pairs that a causal mask leaves: what strict MFU goes by."""
+        return self.flops_per_token(params) - self.attention_flops_per_token() / 2
 
 
 class KVCache(NamedTuple):
