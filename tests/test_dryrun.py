@@ -162,6 +162,48 @@ def test_asynchronous_collectives_are_counted():
     assert async_pairs(HLO) == 1
 
 
+# Of what TPUs' compiler makes of GPT-2 XL over fsdp=8: one gather beside two products, one scatter with its padding
+TPU_HLO = """
+%started (p: bf16[200,1600]) -> (bf16[200,1600], bf16[1600,1600]) {
+  %p = bf16[200,1600]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[1600,1600]{1,0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %c = (bf16[200,1600], bf16[1600,1600]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q: bf16[200,1600]) -> bf16[1600,1600] {
+  %q = bf16[200,1600]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.2 = bf16[1600,1600]{1,0} all-gather(%q), dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%done (r: bf16[200,1600]) -> bf16[1600,1600] {
+  %r = bf16[200,1600]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.3 = bf16[1600,1600]{1,0} all-gather(%r), dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %d = bf16[1600,1600]{1,0} custom-call(%r, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter (s: f32[1600,1600]) -> f32[224,1600] {
+  %s = f32[1600,1600]{1,0} parameter(0)
+  %pad = f32[1792,1600]{1,0} pad(%s, %zero), padding=0_192x0_0
+  %all-reduce.1 = f32[1792,1600]{1,0} all-reduce(%pad), to_apply=%add
+  ROOT %part = f32[224,1600]{1,0} dynamic-slice(%all-reduce.1, %i, %zero), dynamic_slice_sizes={224,1600}
+}
+
+ENTRY %main (x: bf16[200,1600], g: f32[1600,1600]) -> f32[224,1600] {
+  %x = bf16[200,1600]{1,0} parameter(0)
+  %g = f32[1600,1600]{1,0} parameter(1)
+  %f = (bf16[200,1600]{1,0}, bf16[1600,1600]{1,0}) fusion(%x), kind=kCustom, calls=%started
+  %h = bf16[1600,1600]{1,0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.1
+  %e = bf16[1600,1600]{1,0} fusion(%x), kind=kCustom, calls=%done
+  ROOT %o = f32[224,1600]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_collectives_as_a_tpu_compiler_writes_them():
+    assert collectives(TPU_HLO) == {"all-gather": (1, 2 * 1600 * 1600), "reduce-scatter": (1, 4 * 1792 * 1600)}
+    assert async_pairs(TPU_HLO) == 1
+
+
 def test_what_a_tpu_compiler_says_of_memory_becomes_settings(tiny_config):
     mesh = make_mesh()
     parts = resolve(tiny_config(batch_size=16), mesh, 27)

@@ -186,10 +186,13 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """Of a compiled program's text: kind of collective -> how often it runs, and bytes in all.
 
     Bytes are those of the larger side on one device: the whole array, which an all-gather makes and a reduce-scatter
-    takes. Bodies of loops count as often as the compiler knows them to run.
+    takes. Bodies of loops count as often as the compiler knows them to run. TPUs' compiler names a collective that goes
+    on beside several products in the fusion of each, as one chain, which counts once; and some reduce-scatters it
+    writes as a fusion `all-reduce-scatter`.
     """
     computations = _computations(hlo)
     found: dict[str, tuple[int, int]] = {}
+    chains: set[tuple[str, int]] = set()
 
     def count(computation: str, times: int) -> None:
         size_of = {}
@@ -200,8 +203,14 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
                 operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
                 taken = sum(size_of.get(x, 0) for x in operands)
                 made = size_of[result] - (taken if kind[2] else 0)  # -start also holds its operands
-                calls, size = found.get(kind[1], (0, 0))
-                found[kind[1]] = calls + times, size + times * max(taken, made)
+                chain = re.search(r'chain_id="\d+"', rest)
+                if chain and (chain[0], made) in chains:
+                    continue
+                if chain:
+                    chains.add((chain[0], made))
+                name = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind[1]
+                calls, size = found.get(name, (0, 0))
+                found[name] = calls + times, size + times * max(taken, made)
             trips = _trips(computations, rest) if operation == "while" else 1
             called = re.findall(r"(?:body|calls|to_apply|\w+_computations?)=(\{.*?\}|[^ ,]+)", rest)
             for name in re.findall(r"[\w.\-]+", " ".join(called)):
@@ -215,7 +224,7 @@ def async_pairs(hlo: str) -> int:
     """How many of a compiled program's collectives have a start and an end apart, with work between them."""
     started = re.findall(rf" (?:{KINDS})-start\(", hlo)
     fused = re.findall(rf" async-start\(.*calls=%?[\w.\-]*(?:{KINDS})", hlo)
-    return len(started) + len(fused)
+    return len(started) + len(fused) + hlo.count('custom_call_target="AsyncCollectiveStart"')  # the last: TPUs'
 
 
 def loops_factor(hlo: str) -> float:
