@@ -190,9 +190,11 @@ def interleave(seed, folder, body):
 
 
 def test_two_starts_of_one_folder_are_one_run_and_one_refusal(tmp_path):
-    """100 orders of their system calls. Whoever is in sees whether there is a run; half of them wait for the other."""
+    """200 orders of their system calls. Whoever is in sees whether there is a run; half of them wait for the other."""
+    with RunLock(tmp_path / "first"):  # else JAX's backend begins amid one start, under a lock that the other waits for
+        pass
     outcomes = []
-    for seed in range(100):
+    for seed in range(200):
         run, told = tmp_path / str(seed), threading.Event()
 
         def body(index, lock, run=run, told=told, patience=0.05 * (seed % 2)):
@@ -211,7 +213,7 @@ def test_two_starts_of_one_folder_are_one_run_and_one_refusal(tmp_path):
         assert sorted(results) == ["ran", "refused"], (seed, results)
         assert [p.name for p in run.iterdir()] == ["config.json"]
         outcomes.append(results[0])
-    assert 10 < outcomes.count("ran") < 90, "both orders were tried"
+    assert 20 < outcomes.count("ran") < 180, "both orders were tried"
 
 
 def test_lock_where_nothing_can_be_written(tmp_path):
