@@ -90,6 +90,14 @@ def test_harm_to_a_checkpoint_is_seen(faults, folder):
     faults.corrupt(folder, flips=1, times=2, **SHORT)
 
 
+def test_everything_runs_the_parts_side_by_side_and_says_which_is_bad(faults, tmp_path, capfd):
+    bad = ["term", "--processes=0", "--flips=1"]  # an option it does not take
+    with pytest.raises(faults.Failed, match="a part is bad"):
+        faults.everything(tmp_path, jobs=2, but="fuzz", parts=[["fuzz"], ["corrupt", "--times=1", "--flips=1"], bad])
+    good, wrong = capfd.readouterr().out.splitlines()[-2:]
+    assert "corrupt --times=1 --flips=1" in good and " good " in good and " BAD " in wrong and "--flips" in wrong
+
+
 def test_bad_numbers_in_one_of_two_processes_change_nothing(faults, tmp_path):
     faults.nonfinite(tmp_path, dtypes=("bfloat16",), kinds=("gradient",), processes=(2,), steps=12)
 
