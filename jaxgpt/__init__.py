@@ -72,6 +72,8 @@ def user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError) and error.errno in FULL:
         return Unavailable(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room")
+    if isinstance(error, OSError) and error.errno == errno.ECONNABORTED and error.filename is not None:
+        return Unavailable(f"{error.filename}: {error.strerror}; the store cannot be had now: start again later")
     if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}; name another, or mend its permissions")
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
@@ -122,10 +124,13 @@ def shipped(pattern: str) -> dict[str, Path]:
 def local_path(name: str | os.PathLike[str]) -> Path:
     """The path that `name` is, ~ being the home folder, which no shell replaces after a `=`.
 
-    UserError without a home folder, or on an empty name, such as a variable that is not set: it is no folder's.
+    UserError without a home folder; on an empty name, such as a variable that is not set: it is no folder's; and on a
+    name in a store, which store.folder takes.
     """
     if not os.fspath(name):
         raise UserError("the name of a file or folder is empty; give one")
+    if os.fspath(name).startswith(("gs://", "s3://")):
+        raise UserError(f"{name} is in a store, and this has to be on a disk; name a local path")
     try:
         return Path(name).expanduser()
     except (RuntimeError, ValueError):  # ValueError: a name that no user can have
@@ -141,11 +146,15 @@ def from_json(text: str | bytes) -> Any:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and synced, or not at all.
+def atomic_write(path: Any) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path`, local or in a store, complete and synced, or not at all.
 
     Raises UserError where it cannot be written; Unavailable on a full disk.
     """
+    if not isinstance(path, Path):
+        with path.writing() as f:
+            yield f
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

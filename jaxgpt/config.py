@@ -10,7 +10,6 @@ import json
 import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -24,6 +23,7 @@ from jaxgpt.models import ModelConfig, find_model
 from jaxgpt.ops import fp8
 from jaxgpt.optim import OptimizerConfig
 from jaxgpt.sharding import check_heads
+from jaxgpt.store import AnyPath, away
 from jaxgpt.trackers import TrackerConfig
 
 # layers, heads, width of OpenAI's four releases; each has block_size 1024, vocabulary 50257 and biases
@@ -40,7 +40,9 @@ class DataConfig:
     """Data: which tokens a step gets."""
 
     dataset: str = key("openwebtext", "a corpus under data/, or a mixture: a:0.7,b:0.3")
-    data_dir: str = key("", "folder of train.bin and val.bin; empty: data/DATASET")
+    data_dir: str = key("", "folder of train.bin and val.bin, or gs://…, s3://…; empty: data/DATASET")
+    data_cache: str = key("", "where files from such a store are kept on each host; empty: ~/.cache/jaxgpt/data")
+    data_cache_gb: float = key(100.0, "its bound, in 10^9 bytes", least=0.0)
     data_order: str = key(
         "shuffle",
         "shuffle: every window once an epoch; random: with replacement, as nanoGPT",
@@ -80,7 +82,7 @@ class DeviceConfig:
 class RunConfig:
     """Run: its folder, evaluations, checkpoints, logs, and what keeps it safe."""
 
-    out_dir: str = key("out", "the run's folder")
+    out_dir: str = key("out", "the run's folder, or gs://BUCKET/PATH, s3://BUCKET/PATH")
     init_from: str = key(
         "scratch",
         "scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
@@ -371,13 +373,13 @@ def without_effect(config: ConfigDict, given: Mapping[str, Any]) -> list[str]:
     return [f"{name} has no effect with {other}" for name, other in idle]
 
 
-def save_config(config: ConfigDict, folder: Path, **about: Any) -> None:
+def save_config(config: ConfigDict, folder: AnyPath, **about: Any) -> None:
     """Writes config.json: the keys, and beside them what else is known of the run. Raises UserError if it cannot."""
     with atomic_write(folder / "config.json") as f:
         f.write(json.dumps({**config.to_dict(), **about}, indent=1).encode() + b"\n")
 
 
-def read_saved(folder: Path) -> dict[str, Any]:
+def read_saved(folder: AnyPath) -> dict[str, Any]:
     """What config.json in a run's folder holds. Raises UserError."""
     path = folder / "config.json"
     try:
@@ -388,10 +390,12 @@ def read_saved(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no run: it has no config.json; check out_dir") from None
     except (OSError, ValueError, TypeError) as e:
+        if away(e):
+            raise
         raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); restore it or start another run") from None
 
 
-def read_config(folder: Path, *, model: str = "", model_changed: bool = False) -> ConfigDict:
+def read_config(folder: AnyPath, *, model: str = "", model_changed: bool = False) -> ConfigDict:
     """The config of a run's folder; keys added since it was written take their defaults. Raises UserError.
 
     model: the model that the user names, by default the run's. A run of a user's file needs it, as code stored in a run

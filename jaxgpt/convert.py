@@ -11,19 +11,21 @@ A run made of weights holds them as checkpoint 0: sample from it, evaluate it, o
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxgpt import FULL, Unavailable, UserError, local_path
+from jaxgpt import FULL, Unavailable, UserError, local_path, store
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import save_config
 from jaxgpt.models import find_model
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.launchers import find_cluster
 from jaxgpt.sharding import make_mesh
+from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import copy_tokenizer
 from jaxgpt.weights import export, hf
 from jaxgpt.weights.files import ParamsFile
@@ -32,11 +34,21 @@ from jaxgpt.weights.opening import OpenedModel, add_checkpoint_argument, open_mo
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all went well and is removed when not.
+def new_folder(path: AnyPath) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all went well and is removed when not. A store gets it at the end.
 
     UserError if it exists or cannot be written; Unavailable on a full disk.
     """
+    if not isinstance(path, Path):
+        if path.is_dir():
+            raise UserError(f"{path} exists already; name another folder, or remove it first")
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+            files = [file for file in Path(temporary).rglob("*") if file.is_file()]
+            # what makes the others count comes last: a checkpoint's record, a folder's config.json
+            for file in sorted(files, key=lambda file: (file.name == "config.json", file.name == "record.json")):
+                (path / file.relative_to(temporary).as_posix()).write_bytes(file.read_bytes())
+        return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; name another folder, or remove it first")
     partial = path.with_name(path.name + ".partial")
@@ -52,15 +64,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def export_run(model: OpenedModel, write: Callable[..., None], folder: Path, dtype: str) -> None:
+def export_run(model: OpenedModel, write: Callable[..., None], folder: AnyPath, dtype: str) -> None:
     """Writes a run's model by one of export's functions."""
     if isinstance(model.weights, hf.Weights):
         raise UserError(f"{model.source} is a Hugging Face model already")
     with new_folder(folder) as partial:
-        write(model, partial, folder.resolve().name, dtype)
+        write(model, partial, folder.resolve().name if isinstance(folder, Path) else folder.name, dtype)
 
 
-def import_model(model: OpenedModel, out_dir: Path, known: Mapping[str, Any]) -> None:
+def import_model(model: OpenedModel, out_dir: AnyPath, known: Mapping[str, Any]) -> None:
     """Writes a run's folder that holds a model's parameters as checkpoint 0 and its tokenizer.
 
     known: what else there is to say of the model, for the checkpoint's record.
@@ -107,13 +119,14 @@ def main(argv: Sequence[str]) -> None:
     how = {"mesh": mesh, "dtype": "float32", "model": args.model, "model_changed": args.model_changed}
     corpus = args.data_dir and str(local_path(args.data_dir))
     if way in EXPORTS:
-        export_run(open_model(args.out_dir, which=args.checkpoint, **how), EXPORTS[way], local_path(other), args.dtype)
+        target = store.folder(other)
+        export_run(open_model(args.out_dir, which=args.checkpoint, **how), EXPORTS[way], target, args.dtype)
     else:
         weights, known = open_checkpoint(local_path(other), corpus) if way == "from_nanogpt" else (None, {})
         model = open_model(init_from=other, weights=weights, **how)
         if not isinstance(model.weights, IMPORTS[way]):
             raise UserError(f"{other} is {'a jaxgpt run already' if model.weights is None else f'not for --{way}'}")
-        import_model(model, local_path(args.out_dir), known)
+        import_model(model, store.folder(args.out_dir), known)
     print(f"wrote {other if way in EXPORTS else args.out_dir}")
 
 

@@ -15,11 +15,11 @@ import mmap
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,9 +27,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Integer, UInt64
 
-from jaxgpt import UserError, local_path
+from jaxgpt import UserError, store
+from jaxgpt.cache import Cache
 from jaxgpt.config import DataConfig
 from jaxgpt.sharding import BATCH_AXES, data_shards
+from jaxgpt.store import AnyPath, StorePath
 from jaxgpt.tokenizer import (
     GPT2_VOCAB_SIZE,
     Meta,
@@ -70,22 +72,32 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, data_dir: str | Path, split: str, *, block_size: int, vocab_size: int, meta: Meta | None = None
+        cls,
+        data_dir: str | AnyPath,
+        split: str,
+        *,
+        block_size: int,
+        vocab_size: int,
+        meta: Meta | None = None,
+        cache: Cache | None = None,
     ) -> "Corpus":
         """The shards that meta.json lists for `split` ("train", "val"), else `split`.bin, else `split`_*.bin by name,
         else *_`split`_*.bin, as FineWeb10B's are named.
 
-        meta: the folder's, where it has been read already.
+        meta: the folder's, where it has been read already. cache: for files that are in a store.
         UserError: nothing there; a file that is missing, truncated, foreign or altered (by digest, for small splits:
         see `verify`); fewer tokens than a window of block_size + 1; a vocabulary larger than vocab_size.
         """
-        folder = Path(data_dir)
+        folder = store.folder(data_dir)
         meta = meta or corpus_meta(folder, vocab_size)
         single = folder / f"{split}.bin"
-        named = [[single] * single.exists(), *(sorted(folder.glob(f"{how}{split}_*.bin")) for how in ("", "*_"))]
+        named: list[list[Any]] = [
+            [single] * single.exists(),
+            *(sorted(folder.glob(f"{how}{split}_*.bin")) for how in ("", "*_")),
+        ]
         found = list(chain(*named))
-        tokens = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
-        paths = list(tokens) or found
+        tokens: dict[Any, int] = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
+        paths: list[Any] = list(tokens) or found
         if not paths:
             raise UserError(f"{single} does not exist; run its prepare.py, or set data_dir to a folder that holds it")
         if foreign := set(found) - set(paths):
@@ -96,21 +108,34 @@ class Corpus:
         if not tokens and len(firsts) > 1:
             raise UserError(f"{folder} holds both {firsts[0]} and {firsts[1]}; move one corpus away")
         width, headers = np.dtype(meta.dtype).itemsize, []
-        for path in paths:
-            size = path.stat().st_size if path.is_file() else 0
-            plain = path in tokens and size == width * tokens[path]
-            headers.append(0 if plain or width != 2 or size < HEADER_BYTES else header_bytes(path, size))
-            count = tokens.get(path, (size - headers[-1]) // width)
-            if size == 0 or size != headers[-1] + width * count:
-                expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
-                what = f"has {size:,} bytes, not {expected}" if size else "is missing or empty"
-                raise UserError(f"{path} {what}: it is truncated or damaged; run its prepare.py again")
         if meta.vocab_size > vocab_size:
             raise UserError(
                 f"{folder} has a vocabulary of {meta.vocab_size:,}, the model one of {vocab_size:,}; "
                 f"train a model with vocab_size={meta.vocab_size} or prepare the corpus with the model's tokenizer"
             )
-        corpus = cls(paths, meta, vocab_size, headers)
+        arriving = None
+        if not isinstance(folder, Path):
+            if missing := {*paths} - {*found}:
+                raise UserError(f"{min(missing)} is missing or empty: it is damaged; run its prepare.py again")
+            sha256 = {shard["file"]: shard["sha256"] for shard in meta.shards.get(split, [])}
+            sizes = {path.name: width * count for path, count in tokens.items()}
+            fetching = (cache or Cache()).fetch(paths, sha256, sizes)
+            if sum(sizes.values()) > DIGEST_LIMIT_BYTES:
+                arriving = Arriving(paths, list(tokens.values()), meta, vocab_size, fetching)
+            else:  # small, or of unknown size
+                copies = fetching.result()
+                tokens = {copy: tokens[path] for path, copy in zip(paths, copies, strict=True) if path in tokens}
+                paths = copies
+        for path in () if arriving else paths:
+            size = path.stat().st_size if path.is_file() else 0
+            plain = path in tokens and size == width * tokens[path]
+            headers.append(0 if plain or width != 2 or size < HEADER_BYTES else header_bytes(path, size))
+            count: int = tokens.get(path) or (size - headers[-1]) // width
+            if size == 0 or size != headers[-1] + width * count:
+                expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
+                what = f"has {size:,} bytes, not {expected}" if size else "is missing or empty"
+                raise UserError(f"{path} {what}: it is truncated or damaged; run its prepare.py again")
+        corpus = arriving or cls(paths, meta, vocab_size, headers)
         if len(corpus) < block_size + 1:
             raise UserError(
                 f"{paths[0]}: {split} has {len(corpus):,} tokens, fewer than one window of block_size + 1 = "
@@ -139,12 +164,20 @@ class Corpus:
         that meta.json records."""
         sha256 = {shard["file"]: shard["sha256"] for shards in self.meta.shards.values() for shard in shards}
         found = {}
-        for path, file in zip(self.paths, self._maps, strict=True):
-            starts = [max(0, len(file) - 4096) * i // 63 for i in range(64)]
-            digest = hashlib.sha256(b"".join(file[start : start + 4096] for start in starts)).hexdigest()
+        for i, path in enumerate(self.paths):
+            size = self._bytes(i)
+            spans = [(start, min(start + 4096, size)) for start in (max(0, size - 4096) * i // 63 for i in range(64))]
+            digest = hashlib.sha256(b"".join(self._pieces([(i, *span) for span in spans]))).hexdigest()
             recorded = f", sha256 {sha256[path.name][:16]}" if path.name in sha256 else ""
-            found[path.name] = f"{len(file):,} bytes, digest {digest[:16]}{recorded}"
+            found[path.name] = f"{size:,} bytes, digest {digest[:16]}{recorded}"
         return found
+
+    def _bytes(self, shard: int) -> int:
+        return len(self._maps[shard])
+
+    def _pieces(self, spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Bytes of files, each span a shard, a start and a stop."""
+        return [self._maps[shard][start:stop] for shard, start, stop in spans]
 
     def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
         """Rows of `width` tokens from the given token offsets; a row may go over from one shard into the next.
@@ -169,6 +202,10 @@ class Corpus:
                 piece = self._shards[shard][offset : offset + width - done]
                 row[done : done + len(piece)] = piece
                 done, shard, offset = done + len(piece), shard + 1, 0
+        return self._checked(rows, starts)
+
+    def _checked(self, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """`rows`, as `read` from `starts`. UserError if an id is not below vocab_size."""
         if rows.size and rows.max() >= self.vocab_size:
             r, column = np.argwhere(rows >= self.vocab_size)[0].tolist()
             shard, offset = self._locate(int(starts[r]) + column)
@@ -182,6 +219,54 @@ class Corpus:
         """The shard with this token of the corpus, and the token's offset in it."""
         shard = bisect_right(self._starts, position) - 1
         return shard, position - self._starts[shard]
+
+
+class Arriving(Corpus):
+    """A split whose shards are being fetched from a store: until all are local, it is read from there by ranges."""
+
+    def __init__(
+        self,
+        paths: Sequence[StorePath],
+        tokens: Sequence[int],
+        meta: Meta,
+        vocab_size: int,
+        fetching: Future[list[Path]],
+    ):
+        self.paths, self.meta, self.vocab_size = list(paths), meta, vocab_size
+        self.dtype, self._starts = np.dtype(meta.dtype), np.cumsum([0, *tokens]).tolist()
+        self._fetching, self._here = fetching, None
+
+    def _bytes(self, shard: int) -> int:
+        return self.dtype.itemsize * (self._starts[shard + 1] - self._starts[shard])
+
+    def _pieces(self, spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        return store.read_ranges([(self.paths[shard], start, stop) for shard, start, stop in spans])
+
+    def verify(self) -> None:
+        """Waits for the shards, whose digests were checked as they came, and reads all. UserError as for a Corpus."""
+        self._fetching.result()
+        if here := self._arrived():
+            here.verify()
+
+    def _arrived(self) -> Corpus | None:
+        """The local corpus, once it is there. UserError where a shard was altered; OSError where one cannot be had."""
+        if self._here is None and self._fetching.done():
+            self._here = Corpus(self._fetching.result(), self.meta, self.vocab_size, [0] * len(self.paths))
+        return self._here
+
+    def read(self, starts: Integer[np.ndarray, " rows"], width: int) -> Integer[np.ndarray, "rows width"]:
+        if here := self._arrived():
+            return here.read(starts, width)
+        spans, size = [], self.dtype.itemsize
+        for start in starts.tolist():
+            stop = start + width
+            while start < stop:
+                shard, offset = self._locate(start)
+                count = min(stop, self._starts[shard + 1]) - start
+                spans.append((shard, size * offset, size * (offset + count)))
+                start += count
+        tokens = np.frombuffer(b"".join(self._pieces(spans)), self.dtype.newbyteorder("<"))
+        return self._checked(tokens.astype(self.dtype).reshape(len(starts), width), starts)
 
 
 def header_bytes(path: Path, size: int) -> int:
@@ -360,12 +445,12 @@ def place(
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def corpus_folders(config: DataConfig) -> list[Path]:
+def corpus_folders(config: DataConfig) -> list[AnyPath]:
     """Where the corpora of `dataset` are, in its order. Raises UserError where data_dir is to be several."""
     names = [name for name, _ in parse_mixture(config.dataset)]
     if config.data_dir and len(names) > 1:
         raise UserError("data_dir names one corpus but dataset is a mixture; leave data_dir empty")
-    return [local_path(config.data_dir or f"data/{name}") for name in names]
+    return [store.folder(config.data_dir or f"data/{name}") for name in names]
 
 
 def check_same_corpora(recorded: Mapping[str, str], found: Mapping[str, str], run: str | Path) -> None:
@@ -398,7 +483,8 @@ class RunData:
         self._names, self._weights, self._folder = names, weights, folders[0]
         self.meta, self.vocab_size = metas[0], vocab_size or max(meta.vocab_size for meta in metas)
         size, rows = block_size, config.batch_size * config.gradient_accumulation_steps
-        opened = {"block_size": size, "vocab_size": self.vocab_size}
+        cache = Cache(config.data_cache, config.data_cache_gb)
+        opened = {"block_size": size, "vocab_size": self.vocab_size, "cache": cache}
         train, val = (
             [Corpus.open(folder, split, meta=meta, **opened) for folder, meta in zip(folders, metas, strict=True)]
             for split in ("train", "val")
@@ -480,7 +566,7 @@ class RunData:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.meta, self._folder)
 
-    def copy_tokenizer(self, folder: Path) -> None:
+    def copy_tokenizer(self, folder: AnyPath) -> None:
         """Writes the tokenizer's files into a run's folder."""
         copy_tokenizer(dataclasses.replace(self.meta, vocab_size=self.vocab_size, shards={}), self._folder, folder)
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from jaxgpt import FULL, Unavailable, UserError, __version__
 from jaxgpt.console import say
+from jaxgpt.store import AnyPath, Appender, append
 from jaxgpt.trackers import Tracker, chosen, seconds_so_far
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class Reporter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         config: ConfigDict,
         *,
         first_step: int,
@@ -203,9 +204,9 @@ class Reporter:
         lines: int = 0,
     ):
         self.lines = lines  # of metrics.jsonl
-        self._file: IO[str] | None = None
-        self._events: IO[str] | None = None
-        self._samples: IO[str] | None = None
+        self._file: IO[str] | Appender | None = None
+        self._events: IO[str] | Appender | None = None
+        self._samples: IO[str] | Appender | None = None
         self._trackers: dict[str, Tracker] = {}
         self._tokens, self._failed = tokens, set[str]()
         self._closing = contextlib.ExitStack()
@@ -227,9 +228,9 @@ class Reporter:
         if config.sample_interval:
             self._samples = self._open(folder / "samples.jsonl")
 
-    def _open(self, path: Path) -> IO[str]:
+    def _open(self, path: AnyPath) -> IO[str] | Appender:
         try:
-            return self._closing.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
+            return self._closing.enter_context(append(path))
         except OSError as error:
             text, full = f"{path} cannot be written: {error.strerror or error}", error.errno in FULL
             raise Unavailable(f"{text}; make room") if full else UserError(f"{text}; move it away") from None
@@ -262,6 +263,11 @@ class Reporter:
             if name not in self._failed:
                 with self._surviving(name):
                     tracker.add(step, numbers, time.time())
+
+    def sync(self) -> None:
+        """Returns when the lines of metrics.jsonl so far are in the store, if they go to one. Raises OSError."""
+        if isinstance(self._file, Appender):
+            self._file.sync()
 
     def event(self, step: int, event: str, detail: str = "") -> None:
         """Writes to events.jsonl what happened to the run at `step`: `saved`, `stopped`. detail: a line for people."""

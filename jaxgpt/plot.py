@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxgpt import UserError, from_json, local_path
 from jaxgpt.cli import Parser, run_main
+from jaxgpt.store import AnyPath, folder
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl: each has a step
 
@@ -40,7 +41,7 @@ LOSSES = {  # columns of the panel "loss", and how they are drawn
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.plot", description="Draws the metrics of one or several runs.")
-    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=folder, metavar="RUN", help="folders of runs")
     parser.add_argument(
         "-o", "--output", type=local_path, default=Path("loss.png"), help="the .png, .svg or .pdf to write"
     )
@@ -63,13 +64,13 @@ class Plot(Figure):
         return content.getvalue()
 
 
-def plot(*runs: str | os.PathLike, x: str = "step", y: Sequence[str] = ("loss", "lr")) -> Plot:
+def plot(*runs: str | os.PathLike | AnyPath, x: str = "step", y: Sequence[str] = ("loss", "lr")) -> Plot:
     """Panels of the columns `y` over `x` (step, tokens or seconds), one colour for each run's folder.
 
     The panel "loss" has the training loss of each logged step and the mean losses of both splits at evaluations. Raises
     UserError if a folder is no run, or if no run has such a column.
     """
-    metrics = {os.fspath(run): read_metrics(Path(run)) for run in runs}
+    metrics = {str(run): read_metrics(folder(run)) for run in runs}
     if x not in X or not y:
         raise UserError(f"x={x!r}, y={y!r}: x is one of {', '.join(X)}, and y names columns of metrics.jsonl")
     column = X[x][0]
@@ -125,7 +126,7 @@ def thin(xs: list[float], ys: list[float], points: int | None) -> tuple[list[flo
     return xs, ys
 
 
-def read_metrics(run: Path) -> Rows:
+def read_metrics(run: AnyPath) -> Rows:
     """The objects of a run's metrics.jsonl; a line still being written is left out. UserError if there are none."""
     path = run / "metrics.jsonl"
     if not path.is_file():

@@ -17,11 +17,12 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxgpt import UserError, __version__, atomic_write, from_json, local_path
+from jaxgpt import UserError, __version__, atomic_write, from_json, local_path, store
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import default_config, read_saved
 from jaxgpt.models import BUILT_IN
 from jaxgpt.plot import COLORS, LOSSES, Rows, X, Y, draw, read_metrics, series
+from jaxgpt.store import AnyPath
 
 PANELS = [  # of each picture: y, x, caption
     ("loss", "step", "Loss by steps"),
@@ -83,7 +84,7 @@ class Run:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxgpt.report", description="Writes one page about one or several runs.")
-    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=store.folder, metavar="RUN", help="folders of runs")
     parser.add_argument("-o", "--output", type=local_path, default=Path("report.html"), help="the page to write")
     args = parser.parse(argv)
     page = render([read_run(run, COLORS[i % len(COLORS)]) for i, run in enumerate(args.runs)])
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     print(args.output)
 
 
-def read_run(folder: Path, color: str = COLORS[0]) -> Run:
+def read_run(folder: AnyPath, color: str = COLORS[0]) -> Run:
     """Raises UserError if the folder holds no run, or none that has logged a loss."""
     rows, saved = read_metrics(folder), read_saved(folder)
     config = {key: saved.get(key) for key in saved if not isinstance(saved[key], dict | list) and key not in NO_KEYS}
@@ -105,7 +106,7 @@ def read_run(folder: Path, color: str = COLORS[0]) -> Run:
     return Run(str(folder), color, config, environment if isinstance(environment, dict) else {}, rows, samples, events)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: AnyPath) -> list[dict[str, Any]]:
     """The objects of a file of one a line, which may be missing; what is no object with a `step` is left out."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():

@@ -24,11 +24,13 @@ import requests
 import tiktoken
 from jaxtyping import Int, UInt
 
-from jaxgpt import UserError, atomic_write, from_json, optional
+from jaxgpt import UserError, atomic_write, from_json, optional, store
+from jaxgpt.store import AnyPath, StorePath
 
 ENDOFTEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
 GPT2_IDENTITY = "2a74df3baacdb920098a5a3d79c4a8f3682f1b49c34f91779475b4b223f37635"
+AnyFolder = str | os.PathLike | StorePath  # a folder's name, local or in a store
 PROGRESS = "progress.json"  # in a corpus's folder: what is finished, as long as there is no meta.json
 # What tiktoken's "gpt2" loads, with the digests that it checks (tiktoken_ext/openai_public.py).
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -197,12 +199,12 @@ class JsonTokenizer(Tokenizer):
     What the file asks for beyond encoding is left undone: truncation, padding, dropout, special tokens around a text.
     """
 
-    def __init__(self, path: Path, eot: int | str | None = None):
+    def __init__(self, path: AnyPath, eot: int | str | None = None):
         self._library = optional("tokenizers", "tokenizers", path)
         if not path.is_file():
             raise UserError(f"{path} is missing; copy the tokenizer's file there")
         try:
-            self._bpe = self._library.Tokenizer.from_file(str(path))
+            self._bpe = self._library.Tokenizer.from_str(path.read_text("utf-8"))
             content = from_json(self._bpe.to_str())
         except BaseException as error:
             raise UserError(f"{path} is not a tokenizer.json: {_library_error(error)}") from None
@@ -471,11 +473,15 @@ def meta_for(tokenizer: Tokenizer, name: str, **rest: Any) -> Meta:
     return Meta(tokenizer.vocab_size, name, dtype, itos, tokenizer.eot, identity=identity, **rest)
 
 
-def identified(meta: Meta, folder: str | os.PathLike) -> Meta:
+def identified(meta: Meta, folder: AnyFolder) -> Meta:
     """`meta` with its identity, which is read from the tokenizer's file where meta.json was written without."""
-    if meta.identity or not meta.tokenizer.endswith(".json") or not Path(folder, meta.tokenizer).is_file():
+    if (
+        meta.identity
+        or not meta.tokenizer.endswith(".json")
+        or not (path := store.folder(folder) / meta.tokenizer).is_file()
+    ):
         return meta
-    return replace(meta, identity=JsonTokenizer(Path(folder, meta.tokenizer), meta.eot).identity)
+    return replace(meta, identity=JsonTokenizer(path, meta.eot).identity)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -483,7 +489,7 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def load_tokenizer(meta: Meta, folder: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(meta: Meta, folder: AnyFolder) -> Tokenizer:
     """The tokenizer that made the tokens in `folder`. UserError if its files are missing or do not fit meta.json."""
     if meta.tokenizer in ("char", "words"):
         return CharTokenizer(meta.itos or [])
@@ -492,7 +498,8 @@ def load_tokenizer(meta: Meta, folder: str | os.PathLike) -> Tokenizer:
             f"{folder} came without a tokenizer: nothing turns text into ids or ids into text; put its tokenizer.json "
             'there, and a meta.json with {"vocab_size": …, "tokenizer": "tokenizer.json"}'
         )
-    tokenizer = gpt2() if meta.tokenizer == "gpt2" else JsonTokenizer(Path(folder, meta.tokenizer), meta.eot)
+    own = store.folder(folder) / meta.tokenizer
+    tokenizer = gpt2() if meta.tokenizer == "gpt2" else JsonTokenizer(own, meta.eot)
     if tokenizer.vocab_size > meta.vocab_size:
         raise UserError(
             f"{folder}: meta.json counts {meta.vocab_size} tokens but {meta.tokenizer} has {tokenizer.vocab_size}; "
@@ -508,10 +515,10 @@ DAMAGE = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeE
           MemoryError, RecursionError)  # fmt: skip
 
 
-def read_meta(folder: str | os.PathLike) -> Meta | None:
+def read_meta(folder: AnyFolder) -> Meta | None:
     """meta.json, else nanoGPT's meta.pkl, else None. UserError if it is damaged or is a pickle that asks for code."""
     for name, parse in (("meta.json", from_json), ("meta.pkl", _parse_nanogpt)):
-        path = Path(folder, name)
+        path = store.folder(folder) / name
         try:
             content = parse(path.read_bytes())
             meta = Meta(**{f.name: content[f.name] for f in fields(Meta) if f.name in content})
@@ -526,14 +533,14 @@ def read_meta(folder: str | os.PathLike) -> Meta | None:
     return None
 
 
-def corpus_meta(folder: str | os.PathLike, vocab_size: int = GPT2_VOCAB_SIZE) -> Meta:
+def corpus_meta(folder: AnyFolder, vocab_size: int = GPT2_VOCAB_SIZE) -> Meta:
     """The Meta of token files for a model of vocab_size: read_meta's or, without one, as nanoGPT leaves GPT-2's.
 
     UserError if a preparation was stopped there: its files would pass for GPT-2's.
     """
     if meta := read_meta(folder):
         return meta
-    if Path(folder, PROGRESS).exists():
+    if (store.folder(folder) / PROGRESS).exists():
         raise UserError(f"{folder} is half made: its preparation was stopped; run the same prepare command to go on")
     if vocab_size < GPT2_VOCAB_SIZE:
         return Meta(vocab_size, "none")
@@ -590,15 +597,15 @@ def _check(meta: Meta) -> None:
             raise ValueError(problem)
 
 
-def write_meta(folder: str | os.PathLike, meta: Meta) -> None:
+def write_meta(folder: AnyFolder, meta: Meta) -> None:
     """Writes meta.json, whole or not at all."""
     content = {k: v for k, v in asdict(meta).items() if v not in (None, "", {})}
-    with atomic_write(Path(folder, "meta.json")) as f:
+    with atomic_write(store.folder(folder) / "meta.json") as f:
         # a name that is no UTF-8 has lone surrogates, which JSON writes so
         f.write(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace") + b"\n")
 
 
-def copy_tokenizer(meta: Meta, source: Path, folder: Path) -> None:
+def copy_tokenizer(meta: Meta, source: AnyPath, folder: AnyPath) -> None:
     """Writes meta.json into `folder`, and the tokenizer's own file, if it has one: enough to turn ids into text."""
     if meta.tokenizer.endswith(".json") and (source / meta.tokenizer).is_file():
         content = (source / meta.tokenizer).read_bytes()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxgpt import UserError, from_json, optional
 from jaxgpt.keys import key
+from jaxgpt.store import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,13 @@ class Tracker:
 
     name = ""  # for people
     module = ""  # that it needs
+    on_disk = False  # whether it writes files into the run's folder, which then must not be in a store
 
     @classmethod
     def check(cls) -> None:
         """Raises UserError where it will not start: before anything is compiled or written."""
 
-    def __init__(self, folder: Path, config: ConfigDict, run_id: str):
+    def __init__(self, folder: Any, config: ConfigDict, run_id: str):
         """folder: the run's. run_id: its identity, the same when it is resumed. Raises UserError."""
         raise NotImplementedError
 
@@ -56,7 +59,7 @@ class TensorBoard(Tracker):
     earlier one of the same step. Event files of others in the folder stay.
     """
 
-    name, module = "TensorBoard", "tensorboard"
+    name, module, on_disk = "TensorBoard", "tensorboard", True
     SUFFIX = ".jaxgpt"  # of the names of our files
 
     def __init__(self, folder: Path, config: Any = None, run_id: str = ""):
@@ -116,7 +119,7 @@ class WandB(Tracker):
         with wandb_errors() as wandb:
             wandb.login()  # on a terminal it asks for a key that is missing
 
-    def __init__(self, folder: Path, config: ConfigDict, run_id: str):
+    def __init__(self, folder: Any, config: ConfigDict, run_id: str):
         known = {"id": run_id, "resume": "allow"} if run_id else {}
         how = {"project": config.wandb_project, "name": config.wandb_run_name, "config": config.to_dict()}
         with wandb_errors() as wandb:
@@ -135,6 +138,10 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard_log": TensorBoard, "wandb_log
 def check_trackers(config: ConfigDict) -> None:
     """Raises UserError where a tracker that is asked for is not installed or, on the first process, will not start."""
     for tracker in chosen(config):
+        if tracker.on_disk and "://" in config.out_dir:
+            raise UserError(
+                f"{tracker.name} writes no files to {config.out_dir}; leave it off, or take a local out_dir"
+            )
         if not jax.process_index():
             tracker.check()
 
@@ -147,11 +154,11 @@ def chosen(config: ConfigDict) -> list[type[Tracker]]:
     return list(asked.values())
 
 
-def seconds_so_far(metrics: Path) -> float:
+def seconds_so_far(metrics: AnyPath) -> float:
     """The last line's wall_s; 0 where there is none."""
     try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 2**14))  # lines are a few hundred bytes
+        with metrics.open("rb") if isinstance(metrics, Path) else io.BytesIO(metrics.read_bytes()) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))  # lines are a few hundred bytes
             return float(from_json(file.read().splitlines()[-1])["wall_s"])
     except (OSError, ValueError, TypeError, LookupError):
         return 0.0

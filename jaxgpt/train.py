@@ -6,7 +6,6 @@ import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxgpt import Unavailable, UserError, console, local_path
+from jaxgpt import Unavailable, UserError, console, store
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import (
     Parts,
@@ -32,7 +31,7 @@ from jaxgpt.metrics import Reporter, Stopwatch, environment, peak_flops
 from jaxgpt.models import count_params, find_model
 from jaxgpt.ops import paths
 from jaxgpt.optim import OptimizerConfig, check_schedule
-from jaxgpt.run import guard
+from jaxgpt.run import guard, lease
 from jaxgpt.run.checkpoint import Checkpoints, run_id
 from jaxgpt.run.processes import Processes, agree, numerics
 from jaxgpt.scoring.evaluation import Evaluation
@@ -40,6 +39,7 @@ from jaxgpt.scoring.samples import Samples
 from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import configure_jax, configured_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
+from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
 from jaxgpt.tools.memory import check_fits
@@ -59,11 +59,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", nargs="?", type=number_or_name, const=0, metavar="DEVICES", help=explained)
     with Processes():
         config, given, args = parse_config(argv, parser)
-        config.out_dir = str(local_path(config.out_dir))
+        config.out_dir = str(store.folder(config.out_dir))
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
         source = hashlib.sha256(find_model(config.model).source.encode()).hexdigest()[:16]
-        agree("config", {**numerics(), **config, "data_dir": "each host's own", "model_source": source})
+        own = {"data_dir": "each host's own", "data_cache": "", "model_source": source}
+        agree("config", {**numerics(), **config, **own})
         agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
         return train(config, given)
 
@@ -116,7 +117,7 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
     if resume:
         ours, corpus = corpus_meta(config.out_dir, data.vocab_size), config.data_dir or config.dataset
         check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
-        check_same_corpora(read_saved(Path(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
+        check_same_corpora(read_saved(store.folder(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
     agree("data", data.facts())
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     evaluate = Evaluation(parts, data, mesh)
@@ -133,12 +134,12 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
     """
     check_trackers(config)
     mesh = configured_mesh(config)
-    run = Path(config.out_dir)
+    run = store.folder(config.out_dir)
     if config.eval_only:
         return evaluate_only(config, given, mesh)
     with (
         guard.Stop() as stop,
-        guard.RunLock(run) as lock,
+        lease.lock(run) as lock,
         closing(Checkpoints(run, keep=config.keep_checkpoints)) as checkpoints,
         guard.Watchdog(config.stall_timeout) as watchdog,
         ExitStack() as opened,
@@ -180,13 +181,13 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
         reporter.say("\n".join([*describe(parts, mesh, data, abstract, step, taken), *changes]))
         reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
-        checkpoints.on_save = reporter.saved
+        checkpoints.before_commit, checkpoints.on_save = reporter.sync, reporter.saved
         log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))
 
-        def save() -> None:
+        def save(last: bool = False) -> None:
             log.flush()
             record = progress.record(step, samples=data.samples(step), metrics_lines=reporter.lines)
-            checkpoints.save(step, state, record)
+            checkpoints.save(step, state, record, last=last)
 
         while True:
             if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:
@@ -201,7 +202,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
                     reporter.record(step, scores)
                     progress = progress.after(step, scores["val_loss"])
                     if step > 0 and (progress.best_step == step or config.always_save_checkpoint):
-                        save()
+                        save(last=step == config.max_iters)
             if write_sample and step and step % config.sample_interval == 0:
                 log.flush()
                 with watchdog.allow("sample", SLOW_LIMIT_S):
@@ -213,7 +214,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             log.add(step, metrics)
             watchdog.beat()
         with watchdog.allow("save", SLOW_LIMIT_S):
-            save()
+            save(last=True)
             saved = checkpoints.wait()
         if saved:
             finished = progress.evaluated == config.max_iters
@@ -274,7 +275,7 @@ def decide_resume(
     A run that began from weights goes on by the same command. Raises UserError where init_from and the folder do not go
     together.
     """
-    run, steps = Path(config.out_dir), checkpoints.steps()
+    run, steps = store.folder(config.out_dir), checkpoints.steps()
     how = config.init_from
     if how == "resume" and not steps:
         raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=auto")
@@ -295,7 +296,7 @@ def decide_resume(
     return True, config, changes
 
 
-def check_empty(run: Path) -> None:
+def check_empty(run: AnyPath) -> None:
     """Raises UserError where a folder holds what a new run would spoil. A run that saved nothing is none of it."""
     models = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "ckpt.pt")
     if found := [name for name in models if (run / name).exists()]:
@@ -312,7 +313,7 @@ def params_to_evaluate(parts: Parts, mesh: Mesh, source: Checkpoints | OpenedMod
     return source.params if source else create_state(parts, mesh).params
 
 
-def write_run_files(run: Path, data: RunData, step: int, *, evaluated: bool) -> int:
+def write_run_files(run: AnyPath, data: RunData, step: int, *, evaluated: bool) -> int:
     """Writes the tokenizer's files, so that the folder alone is enough to sample from, and drops lines of metrics.jsonl
     and samples.jsonl after `step`. Returns how many lines metrics.jsonl has."""
     if jax.process_index():
@@ -322,7 +323,7 @@ def write_run_files(run: Path, data: RunData, step: int, *, evaluated: bool) -> 
     return guard.trim_jsonl(run / "metrics.jsonl", step, without="" if evaluated else "val_loss")
 
 
-def write_config(run: Path, config: ConfigDict, data: RunData, identity: str) -> None:
+def write_config(run: AnyPath, config: ConfigDict, data: RunData, identity: str) -> None:
     """config.json, as the last of a start: a folder with one holds a run, and a start that fails changes no run's."""
     if not jax.process_index():
         about = {"model_source": find_model(config.model).source, "data": data.facts(), "environment": environment()}

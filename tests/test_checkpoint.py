@@ -440,7 +440,7 @@ def test_a_save_that_failed_at_its_start_has_cleaned_up_when_it_was_waited_for(t
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", slow)
-        patch.setattr(ckpts._orbax, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+        patch.setattr(ckpts._place._orbax, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
         ckpts.save(1, {"w": jnp.zeros(3)}, {})
         assert not ckpts.wait()
     assert list(ckpts.folder.glob("*.tmp")) == []

@@ -256,3 +256,32 @@ def test_a_process_that_nobody_joins_says_where_it_waited(preset, tmp_path):
         f"process 1 of 2 waited 3 s for the others, coordinator 127.0.0.1:{port + 1}; nothing answers there" in said[1]
     )
     assert all(text.count("\n") == 1 for text in said)
+
+
+UNSHARED = """
+import sys
+from jaxgpt import train
+from jaxgpt.cli import run_main
+from jaxgpt.run import guard
+guard.SHARED_S = 1.0
+run_main(train.main)
+"""
+
+
+def test_a_folder_that_hosts_do_not_share_is_an_error_before_training(preset, tmp_path):
+    """Two working folders for two hosts' disks, each with a folder `run`."""
+    port, variables = free_port(), {"PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", UNSHARED, "--config", preset, "--config.out_dir=run", "--config.mesh_data=-1"]
+    command += ["--config.mesh_fsdp=1"]
+    started = []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        how = {"cwd": tmp_path / str(i), "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=worker(i, port, **variables), **how))
+    said = [process.communicate(timeout=PATIENCE_S)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], said
+    for text in said:
+        assert re.fullmatch(
+            "error: .*out_dir .*run is not one folder for all hosts .*: gs://BUCKET/PATH, s3://.*\n", text
+        )
+    assert not [path for i in "01" for path in (tmp_path / i).iterdir()], "something was written"

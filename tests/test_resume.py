@@ -194,6 +194,8 @@ CHANGES = {
     "momentum": (0.5, nothing),
     "momentum_warmup_iters": (5, TAKEN),
     "cooldown": (0.3, TAKEN),
+    "data_cache": ("cache", TAKEN),
+    "data_cache_gb": (5.0, TAKEN),
     "embedding_lr": (0.1, TAKEN),
     "head_lr": (0.1, TAKEN),
     "vector_lr": (0.1, TAKEN),

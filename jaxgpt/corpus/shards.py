@@ -27,9 +27,10 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
-from jaxgpt import UserError, atomic_write, from_json, local_path
+from jaxgpt import UserError, atomic_write, from_json, local_path, store
 from jaxgpt.cli import Parser, integer
 from jaxgpt.corpus.sources import PIECE, Piece, Source
+from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import (
     DAMAGE,
     PROGRESS,
@@ -53,7 +54,7 @@ END = (1 << 62, 0)  # as "next": nowhere
 
 def build(
     source: Source,
-    out_dir: str | Path,
+    out_dir: str | AnyPath,
     *,
     tokenizer: str = "gpt2",
     eot: str | None = None,
@@ -70,7 +71,7 @@ def build(
     UserError: bad input, a full disk, Ctrl-C, with the finished shards kept; a folder that holds another corpus; too
     little text for both splits, of which nothing is kept.
     """
-    out = local_path(out_dir)
+    out = store.folder(out_dir)
     if workers is None:  # the fast tokenizer keeps up with the process that reads, so half of them would wait
         cores = int(getattr(os, "process_cpu_count", os.cpu_count)() or 1)
         workers = max(1, cores // 2) if fast else cores
@@ -151,7 +152,7 @@ def make_tokenizer(name: str, eot: str | None = None, fast: bool = False) -> Tok
 def parser(description: str | None, folder: Path) -> Parser:
     """The arguments of `build` that every prepare.py has."""
     made = Parser(description=description)
-    made.add_argument("--out_dir", type=local_path, default=folder, help="where the tokens go")
+    made.add_argument("--out_dir", type=store.folder, default=folder, help="where the tokens go")
     made.add_argument("--workers", type=int, help="processes; by default one for each core")
     made.add_argument("--shard_tokens", type=integer, default=100_000_000, help="tokens in a file")
     made.add_argument("--fast", action="store_true", help="GPT-2's tokens by gigatoken (pip install 'jaxgpt[fast]')")
@@ -160,14 +161,14 @@ def parser(description: str | None, folder: Path) -> Parser:
 
 @contextlib.contextmanager
 def half_made(
-    out: Path, source: str, settings: dict[str, Any], records: list[Record]
+    out: AnyPath, source: str, settings: dict[str, Any], records: list[Record]
 ) -> Iterator[Callable[[list[Record]], None]]:
     """Marks the folder as half made, by progress.json, until the block has written its meta.json.
 
     Gives the function that records finished shards there, as `recorded` finds them. An error before the first of them
     leaves the folder as it was.
     """
-    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new_folders = [path for path in (out, *out.parents) if not path.exists()] if isinstance(out, Path) else []
     kept = records
 
     def save(finished: list[Record]) -> None:
@@ -190,7 +191,7 @@ def half_made(
     (out / PROGRESS).unlink()
 
 
-def recorded(out: Path, source: str, settings: dict[str, Any]) -> tuple[list[Record], bool]:
+def recorded(out: AnyPath, source: str, settings: dict[str, Any]) -> tuple[list[Record], bool]:
     """The shards that earlier runs finished, and whether they completed. UserError if they made another corpus.
 
     One that is not complete is begun again if its `source`, what the command names, holds another text since.
@@ -221,14 +222,17 @@ def recorded(out: Path, source: str, settings: dict[str, Any]) -> tuple[list[Rec
     return records, meta is not None
 
 
-def _remove(out: Path, save: Callable[[list[Record]], None], records: list[Record]) -> None:
+def _remove(out: AnyPath, save: Callable[[list[Record]], None], records: list[Record]) -> None:
     """Takes finished shards back."""
     save([])
     for record in records:
         (out / record["file"]).unlink(missing_ok=True)
 
 
-def _sound(out: Path, record: Record) -> bool:
+def _sound(out: AnyPath, record: Record) -> bool:
+    """In a store, whether it is there: objects appear whole, and whoever fetches one checks its digest."""
+    if not isinstance(out, Path):
+        return (out / record["file"]).is_file()
     try:
         with open(out / record["file"], "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest() == record["sha256"]
@@ -242,7 +246,9 @@ class _Shards:
     `names`: what the name of the first file begins with, and those of the others.
     """
 
-    def __init__(self, out: Path, names: tuple[str, str], limit: int, records: list[Record], save: Callable[[], None]):
+    def __init__(
+        self, out: AnyPath, names: tuple[str, str], limit: int, records: list[Record], save: Callable[[], None]
+    ):
         self.records = records
         self.start, self._skip = records[-1]["next"] if records else (0, 0)
         self._out, self._names, self._limit, self._save = out, names, limit, save

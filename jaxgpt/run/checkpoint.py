@@ -1,9 +1,9 @@
-"""Checkpoints: Orbax writes the arrays, digests prove them. The only module that touches Orbax and TensorStore.
+"""Checkpoints: Orbax writes the arrays, digests prove them. The only module that touches Orbax.
 
 `out_dir/checkpoints/<step>/` holds `state/`, the state as Orbax wrote it, a flat tree {path: array}; and `record.json`,
 its manifest: {format, run, step, info, arrays: {path: [dtype, shape, digest]}, files: {name: [bytes, sha256 of small
 ones]}, seal}. A folder gets its name after all of it has been written, synced and read back, and only then are older
-ones removed. No pickle is involved.
+ones removed. In an object store it is a little otherwise: see objects.py. No pickle is involved.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,9 +31,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from jaxgpt import Unavailable, UserError, atomic_write, from_json
+from jaxgpt import Unavailable, UserError, atomic_write, from_json, store
 from jaxgpt.run.digests import differing, digests, host_digest
 from jaxgpt.run.guard import RunLock, everywhere
+from jaxgpt.run.objects import Objects
 from jaxgpt.run.processes import joined
 
 log = logging.getLogger(__name__)
@@ -90,22 +92,17 @@ class Checkpoints:
     config.json does: a checkpoint of another run is refused.
     """
 
-    def __init__(self, out_dir: str | os.PathLike, *, keep: int = 2):
-        self.folder, self.keep = Path(out_dir).absolute() / "checkpoints", max(1, keep)
+    def __init__(self, out_dir: str | os.PathLike | store.StorePath, *, keep: int = 2):
+        self.folder, self.keep = store.folder(out_dir).absolute() / "checkpoints", max(1, keep)
+        self._place = Disk(self.folder) if isinstance(self.folder, Path) else Objects(self.folder, _sealed)
+        self.before_commit: Callable[[], None] = lambda: None  # called, on process 0, before a checkpoint counts
         self.on_save: Callable[[int, dict], None] = lambda step, info: None  # told, on process 0, what is on disk
         self.failure = ""  # why the last save failed; "" if it did not, or another process knows
         self._lock: RunLock | None = None
         self._run = run_id(self.folder.parent)
         self._first = jax.process_index() == 0
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-        # If Orbax makes folders in the background and one cannot be made, its threads wait for it for five minutes
-        options = ocp.AsyncOptions(
-            create_directories_asynchronously=False, timeout_secs=SAVE_TIMEOUT_S, barrier_sync_fn=self._meet
-        )
-        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None
-        self._number, self._phase = 0, 0  # of the save under way, and of its next barrier
         self._saved = Saved(-1, {})
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
@@ -117,16 +114,18 @@ class Checkpoints:
         UserError where there can be no checkpoints.
         """
         self._lock, self._run = lock, run
-        if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
-            raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
-        if self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
-            raise UserError(f"{self.folder} cannot be written; mend its permissions, or choose another out_dir")
-        for path in self.folder.glob(f"*{TMP}") if self._first else ():
-            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(self.folder, Path):
+            if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
+                raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
+            if self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
+                raise UserError(f"{self.folder} cannot be written; mend its permissions, or choose another out_dir")
+        if self._first:
+            self._place.tidy()
 
     def check_room(self, state: Any) -> None:
         """Raises Unavailable where a new run's disk has no room for one checkpoint of `state`, a pytree of shapes."""
-        if self._first and (lacks := _lacks(self.folder.parent, _need(state))):
+        run = self.folder.parent
+        if self._first and isinstance(run, Path) and (lacks := _lacks(run, _need(state))):
             raise Unavailable(f"{self.folder.parent} has no room for a checkpoint: {lacks}; make room")
 
     # --- what is there ---
@@ -136,8 +135,7 @@ class Checkpoints:
         return _from_first(self._steps())
 
     def _steps(self) -> list[int]:
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,8}", name))
+        return sorted(int(name) for name in self._place.names() if re.fullmatch(r"0|[1-9]\d{0,8}", name))
 
     def _whole(self) -> tuple[list[int], list[int]]:
         """Steps, ascending, whose record is whole; and, if any has a validation loss, the one with the lowest."""
@@ -151,31 +149,46 @@ class Checkpoints:
     def _record(self, step: int) -> dict:
         """The checkpoint's record, its seal checked. Raises ValueError."""
         try:
-            record = from_json((self.folder / str(step) / "record.json").read_bytes())
+            record = from_json(self._place.record(step))
             whole = record["seal"] == _seal(record) and record["step"] == step
         except FAILURES as error:
+            self._check_reachable(error)
             raise ValueError(f"record.json cannot be read ({_brief(error)})") from None
         if not whole:
             raise ValueError("record.json does not match its seal")
         return record
 
+    def _check_reachable(self, error: Exception) -> None:
+        """Raises Unavailable where the store could not be had: that says nothing of a checkpoint."""
+        if store.in_store(self.folder) and (why := store.away(error)):
+            raise Unavailable(f"{self.folder} cannot be read now: {why}") from None
+
     # --- saving ---
 
-    def save(self, step: int, state: Any, info: dict) -> None:
+    def save(self, step: int, state: Any, info: dict, *, last: bool = True) -> None:
         """Saves `state`, a pytree of jax arrays, in the background; it may be donated as soon as this returns.
 
         `info` is a small JSON dictionary; `val_loss` in it ranks the checkpoint. A failure is logged, here or by the
         next call, the run goes on, and older checkpoints stay. A step that is on disk already is not saved again; if
         `info` brings a validation loss that it lacks there, `info` replaces what its record says. Raises UserError
         where processes no longer hold the same state.
+
+        last: False where the run goes on and saves again. To an object store, which may be slower than the run, such a
+        save is left out, and said to be, while the one before it is still being written.
         """
+        if not last and self._place.may_be_slow and self._pending:
+            future, under_way = self._pending.future, self._pending.step
+            if not everywhere(future is None or future.done()):
+                if self._first:
+                    log.warning("checkpoint %d left out: %d is still being written to %s", step, under_way, self.folder)
+                return
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))
         on_disk = self._saved.step == step
         if on_disk and (info.get("val_loss") is None or self._saved.info.get("val_loss") is not None):
             self._ok = True
             return
-        arrays, working = _flat(state)[0], self.folder / f"{step}{TMP}"
+        arrays = _flat(state)[0]
         sums = {} if on_disk else digests(arrays)
         self._check_replicas(sums, step)
         error = None
@@ -183,26 +196,23 @@ class Checkpoints:
             try:
                 self._check_lock()
                 if on_disk:
-                    _sync_metrics(self.folder.parent)
-                    _write_record(self.folder / str(step), {**self._record(step), "info": info})
+                    self.before_commit()
+                    self._place.rewrite(step, {**self._record(step), "info": info})
                 else:
-                    _make_room(working, _need(arrays))
+                    self._place.make_room(step, _need(arrays))
             except FAILURES as raised:
                 error = raised
         if on_disk or not everywhere(error is None):
             self._pending = PendingSave(step, info, None, error)
             self.wait()
             return
-        self._number, self._phase = next(_numbers), 0
-        if self._first and jax.process_count() > 1:  # all have left the barriers of the save before
-            joined.client.key_value_delete(f"jaxgpt/save/{self._number - 1}")
         try:
-            self._orbax.save(working / "state", args=ocp.args.PyTreeSave(arrays))
+            self._place.write(step, arrays)
         except FAILURES as raised:
             error = raised
         record = {"format": FORMAT, "run": self._run, "step": step, "info": info}
         record |= {"arrays": {k: [*_kind(x), sums[k]] for k, x in arrays.items()}}
-        future = self._background.submit(self._finish, record, working, error)
+        future = self._background.submit(self._finish, record, error)
         self._pending = PendingSave(step, info, future, error)
 
     def check_replicas(self, state: Any, step: int) -> None:
@@ -225,75 +235,42 @@ class Checkpoints:
         if self._lock and (why := self._lock.lost()):
             raise OSError(why)
 
-    def _finish(self, record: dict, working: Path, error: Exception | None) -> None:
+    def _finish(self, record: dict, error: Exception | None) -> None:
         """In the background: awaits the writes of all processes, then process 0 commits. error: of the beginning."""
+        done = False
         try:
-            self._await_writes(error)
+            self._place.finish(error)
             if self._first and error is None:
-                self._commit(record, working)
+                self._commit(record)
+            done = error is None
         finally:
-            if self._first and not (self._lock and self._lock.lost()):
-                shutil.rmtree(working, ignore_errors=True)  # after a failure: a full disk needs the room
+            if self._first and not done and not (self._lock and self._lock.lost()):
+                with contextlib.suppress(OSError):
+                    self._place.abandon(record["step"])  # a full disk needs the room
+            self._place.part(done)
 
-    def _await_writes(self, error: Exception | None) -> None:
-        try:
-            self._orbax.wait_until_finished()
-        except Exception as raised:
-            error = raised
-            raise
-        finally:
-            if error is not None and jax.process_count() > 1:
-                while self._phase < BARRIERS:
-                    self._arrive(f"process {jax.process_index()} failed: {_brief(error)}")
-
-    def _meet(self, key: str, timeout_ms: int) -> None:
-        """Orbax's barrier in the background. Raises OSError as soon as a process has failed; Orbax's own waits for it
-        until the timeout. (`key` is Orbax's name of the barrier; the same save has the same number everywhere.)"""
-        client, name = joined.client, self._arrive("")
-        if self._first:
-            said = (client.blocking_key_value_get(f"{name}/{i}", timeout_ms) for i in range(jax.process_count()))
-            client.key_value_set(f"{name}/all", next(filter(None, said), ""))
-        if failure := client.blocking_key_value_get(f"{name}/all", timeout_ms):
-            raise OSError(failure)
-
-    def _arrive(self, failure: str) -> str:
-        """Publishes that this process is at the next barrier, or has failed before it. Returns the barrier's name."""
-        name, me = f"jaxgpt/save/{self._number}/{self._phase}", jax.process_index()
-        self._phase += 1
-        joined.client.key_value_set(f"{name}/{me}", failure)
-        if failure and self._first:
-            joined.client.key_value_set(f"{name}/all", failure)
-        return name
-
-    def _commit(self, record: dict, working: Path) -> None:
+    def _commit(self, record: dict) -> None:
         """Reads the new checkpoint back, gives it its record and name, then removes what is no longer kept."""
-        for name, store in _open(working, record["arrays"]).items():  # one at a time: memory for the largest alone
-            if host_digest(np.asarray(store.read().result())) != record["arrays"][name][2]:
+        step = record["step"]
+        for name, array in self._place.written(record["arrays"]):
+            if host_digest(array) != record["arrays"][name][2]:
                 raise ValueError(f"array {name} reads back differently")
-        _write_record(working, {**record, "files": _files(working)})
-        for path in (*working.rglob("*"), working):
-            _sync(path)
-        self._check_lock()
-        _sync_metrics(self.folder.parent)
-        step, final = record["step"], self.folder / str(record["step"])
-        if final.exists():  # damaged and passed over, or stale: see below
-            self._remove(step)
-        working.rename(final)
-        _sync(self.folder)  # before older ones go
+        self.before_commit()
+        self._place.commit(step, record, self._check_lock)
         self._unsound.discard(step)
         self.on_save(step, record["info"])
         # After resuming from an earlier step, newer checkpoints are stale and are deleted.
-        self._unsound.update(later for later in self._steps() if later > step)
-        whole, best = self._whole()
+        try:
+            self._unsound.update(later for later in self._steps() if later > step)
+            whole, best = self._whole()
+        except (OSError, Unavailable) as error:
+            log.warning("what is no longer needed in %s stays until the next save: %s", self.folder, _brief(error))
+            return
         for old in {*self._steps()} - {*whole[-self.keep :], *best}:
             try:
-                self._remove(old)
+                self._place.remove(old)
             except OSError as error:
                 log.warning("checkpoint %d is no longer needed but cannot be removed: %s", old, _brief(error))
-
-    def _remove(self, step: int) -> None:
-        """Renames first: a removal cut short must not leave half a checkpoint."""
-        shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}-old{TMP}"))
 
     def wait(self) -> bool:
         """Waits for the save in the background; whether the last save succeeded, on all processes."""
@@ -377,12 +354,16 @@ class Checkpoints:
                 raise UserError(f"{folder} is another run's ({ids}); move it back to where it came from")
             wanted = {k: x for k, x in wanted.items() if k.split(".")[0] not in _lacking(record, optional)}
             _check_fits(record, wanted)
-            found = _files(folder)
+            found = self._place.files(step, record)
             if damaged := [name for name, of in record["files"].items() if found.get(name) != of]:
                 raise ValueError(f"file {damaged[0]} is {'altered' if damaged[0] in found else 'missing'}")
-            arrays = {name: _load(store, wanted[name]) for name, store in _open(folder, wanted).items()}
+            arrays = _load(self._place.open(step, record, wanted), wanted, self._place.READ_AHEAD)
         except FAILURES as error:
             failure = error if isinstance(error, ValueError | UserError) else ValueError(_brief(error))
+            try:
+                self._check_reachable(error)
+            except Unavailable as unavailable:
+                failure = unavailable
         if not everywhere(failure is None):
             raise failure or ValueError("another process cannot read it")
         for path, digest in digests(arrays).items():  # from here on every process sees the same
@@ -394,11 +375,13 @@ class Checkpoints:
 # --- names, records, files ---
 
 
-def run_id(run: Path) -> str:
+def run_id(run: store.AnyPath) -> str:
     """The identity in a run's config.json, which survives copying the folder; "" where there is none."""
     try:
         found = from_json((run / "config.json").read_bytes()).get("run_id", "")
-    except (OSError, ValueError, AttributeError):  # whoever needs the config says what is wrong
+    except (OSError, ValueError, AttributeError) as error:  # whoever needs the config says what is wrong
+        if store.in_store(run) and store.away(error):
+            raise
         return ""
     return found if isinstance(found, str) else ""
 
@@ -426,7 +409,7 @@ def _lacking(record: dict, optional: Collection[str]) -> set[str]:
     return set(optional) - {path.split(".")[0] for path in record["arrays"]}
 
 
-def _check_format(record: dict, wanted: dict[str, Any], folder: Path) -> None:
+def _check_format(record: dict, wanted: dict[str, Any], folder: store.AnyPath) -> None:
     """Raises UserError where the record's format is not this program's. Parameters alone are the same in all."""
     version = record.get("format", 1)
     if version > FORMAT:
@@ -434,7 +417,7 @@ def _check_format(record: dict, wanted: dict[str, Any], folder: Path) -> None:
     if version < FORMAT and any(path.split(".")[0] != "params" for path in wanted):
         raise UserError(
             f"{folder} was saved by an older jaxgpt (format {version}) and cannot be resumed by this one; start a new "
-            f"run from its parameters: --config.init_from={folder.parents[1]} and another out_dir"
+            f"run from its parameters: --config.init_from={folder.parent.parent} and another out_dir"
         )
 
 
@@ -458,9 +441,13 @@ def _seal(record: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _sealed(record: dict) -> bytes:
+    return json.dumps({**record, "seal": _seal(record)}).encode()
+
+
 def _write_record(folder: Path, record: dict) -> None:
     with atomic_write(folder / "record.json") as file:
-        file.write(json.dumps({**record, "seal": _seal(record)}).encode())
+        file.write(_sealed(record))
 
 
 def _make_room(working: Path, need: int) -> None:
@@ -523,6 +510,122 @@ def _brief(error: BaseException) -> str:
 # --- arrays on disk ---
 
 
+class Disk:
+    """A run's checkpoints on a file system that all its processes share; Orbax writes them."""
+
+    may_be_slow, READ_AHEAD = False, 0
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+        # If Orbax makes folders in the background and one cannot be made, its threads wait for it for five minutes
+        options = ocp.AsyncOptions(
+            create_directories_asynchronously=False, timeout_secs=SAVE_TIMEOUT_S, barrier_sync_fn=self._meet
+        )
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
+        self._working = folder  # of the save under way
+        self._number, self._phase = 0, 0  # of the save under way, and of its next barrier
+
+    def names(self) -> list[str]:
+        """What the checkpoints' folder holds."""
+        return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def record(self, step: int) -> bytes:
+        return (self.folder / str(step) / "record.json").read_bytes()
+
+    def files(self, step: int, record: dict) -> dict[str, list]:
+        """Those that are there, as the record has them."""
+        return _files(self.folder / str(step))
+
+    def open(self, step: int, record: dict, names: Iterable[str]) -> dict[str, ts.TensorStore]:
+        """Each named array of a checkpoint. Raises ValueError."""
+        return _open(self.folder / str(step), names)
+
+    def tidy(self) -> None:
+        """Removes what killed saves and removals left."""
+        for path in self.folder.glob(f"*{TMP}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def make_room(self, step: int, need: int) -> None:
+        """Raises OSError where a new checkpoint of `need` bytes cannot be written. By process 0, before `write`."""
+        _make_room(self._temporary(step), need)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"{step}{TMP}"
+
+    def write(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Begins a save, by every process; the arrays may be donated when this returns."""
+        self._working = self._temporary(step)
+        self._number, self._phase = next(_numbers), 0
+        if jax.process_index() == 0 and jax.process_count() > 1:  # all have left the barriers of the save before
+            joined.client.key_value_delete(f"jaxgpt/save/{self._number - 1}")
+        self._orbax.save(self._working / "state", args=ocp.args.PyTreeSave(arrays))
+
+    def finish(self, error: Exception | None) -> None:
+        """In the background: awaits the writes of all processes. error: of this one's `write`."""
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as raised:
+            error = raised
+            raise
+        finally:
+            if error is not None and jax.process_count() > 1:
+                while self._phase < BARRIERS:
+                    self._arrive(f"process {jax.process_index()} failed: {_brief(error)}")
+
+    def _meet(self, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier in the background. Raises OSError as soon as a process has failed; Orbax's own waits for it
+        until the timeout. (`key` is Orbax's name of the barrier; the same save has the same number everywhere.)"""
+        client, name = joined.client, self._arrive("")
+        if jax.process_index() == 0:
+            said = (client.blocking_key_value_get(f"{name}/{i}", timeout_ms) for i in range(jax.process_count()))
+            client.key_value_set(f"{name}/all", next(filter(None, said), ""))
+        if failure := client.blocking_key_value_get(f"{name}/all", timeout_ms):
+            raise OSError(failure)
+
+    def _arrive(self, failure: str) -> str:
+        """Publishes that this process is at the next barrier, or has failed before it. Returns the barrier's name."""
+        name, me = f"jaxgpt/save/{self._number}/{self._phase}", jax.process_index()
+        self._phase += 1
+        joined.client.key_value_set(f"{name}/{me}", failure)
+        if failure and me == 0:
+            joined.client.key_value_set(f"{name}/all", failure)
+        return name
+
+    def part(self, done: bool) -> None:
+        """In the background, the last: the processes part. done: whether all went well here."""
+
+    def written(self, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """The arrays of the save under way, read back: one at a time, in memory for the largest alone."""
+        yield from ((name, np.asarray(array.read().result())) for name, array in _open(self._working, names).items())
+
+    def commit(self, step: int, record: dict, check: Callable[[], None]) -> None:
+        """Gives the save its record and name, which make it a checkpoint. check: whether it still may, else raises."""
+        _write_record(self._working, {**record, "files": _files(self._working)})
+        for path in (*self._working.rglob("*"), self._working):
+            _sync(path)
+        check()
+        _sync_metrics(self.folder.parent)
+        final = self.folder / str(step)
+        if final.exists():  # damaged and passed over, or stale: see Checkpoints
+            self.remove(step)
+        self._working.rename(final)
+        _sync(self.folder)  # before older ones go
+
+    def rewrite(self, step: int, record: dict) -> None:
+        """Another record for a checkpoint."""
+        _sync_metrics(self.folder.parent)
+        _write_record(self.folder / str(step), record)
+
+    def remove(self, step: int) -> None:
+        """Renames first: a removal cut short must not leave half a checkpoint."""
+        shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}-old{TMP}"))
+
+    def abandon(self, step: int) -> None:
+        """Removes what a failed save has left."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+
 def _open(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
     """Each named array as Orbax laid it out: zarr in one OCDBT database. Raises ValueError.
 
@@ -535,17 +638,29 @@ def _open(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
     return {name: future.result() for name, future in opening.items()}
 
 
-def _load(store: ts.TensorStore, wanted: Any) -> jax.Array:
-    """The array on the devices, each process reading what its own devices hold, and that once."""
-    sharding = getattr(wanted, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    blocks: dict[str, np.ndarray] = {}
+def _load(stores: Mapping[str, ts.TensorStore], wanted: Mapping[str, Any], ahead: int) -> dict[str, jax.Array]:
+    """The arrays on the devices, each process reading what its own devices hold, and that once.
 
-    def block(index: Any) -> np.ndarray:
-        if str(index) not in blocks:
-            blocks[str(index)] = store[index].read().result()
-        return blocks[str(index)]
+    ahead: how many bytes are asked for before those of the array in hand have come.
+    """
+    arrays: dict[str, jax.Array] = {}
+    asked: deque[tuple[str, Any, dict[str, ts.Future], int]] = deque()
 
-    return jax.make_array_from_callback(store.shape, sharding, block)
+    def take() -> None:
+        name, sharding, blocks, _ = asked.popleft()
+        read = {index: future.result() for index, future in blocks.items()}
+        arrays[name] = jax.make_array_from_callback(stores[name].shape, sharding, lambda index: read[str(index)])
+
+    for name, array in stores.items():
+        sharding = getattr(wanted[name], "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        indices = {str(index): index for index in sharding.addressable_devices_indices_map(array.shape).values()}
+        blocks = {key: array[index].read() for key, index in indices.items()}
+        asked.append((name, sharding, blocks, array.size * array.dtype.numpy_dtype.itemsize))
+        while asked and sum(size for *_, size in asked) > ahead:
+            take()
+    while asked:
+        take()
+    return arrays
 
 
 def _from_first(steps: list[int]) -> list[int]:

@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt import FULL, Unavailable, UserError, atomic_write, from_json
+from jaxgpt import FULL, Unavailable, UserError, atomic_write, from_json, store
 from jaxgpt.console import complain
 from jaxgpt.run import sentinel
 from jaxgpt.run.processes import LAST_ACTS, LAUNCHER, LINGER_S, joined
@@ -32,7 +33,9 @@ except ImportError:  # Windows: one writer per folder is then up to the user
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # the file of a run's folder that is there as long as the run holds it
+HOLDER = "jaxgpt/lock"  # the coordinator's key of what process 0 wrote into it
 FOREVER_MS = 10**12
+SHARED_S = 10.0  # how long a network file system may take to show another host's new file
 LOCK_HELD_GRACE_S = 30.0  # beyond the timeout, where no thread of Python can run: compilations have held it for 10 s
 REPEAT_S = 1.0  # a signal repeated within it is the same wish: a launcher and a process group deliver it twice
 SUSPENDED_S = 1.0  # a thread that wakes so much too late was stopped, with its process or the whole machine
@@ -58,20 +61,43 @@ class RunLock(contextlib.ExitStack):
     run holds it, UserError if the folder cannot be written, having changed nothing.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike | store.StorePath):
         super().__init__()  # what is put on the stack is undone at the end, the last first
-        self._path = Path(folder).absolute() / LOCK
+        self._path: Any = store.folder(folder).absolute() / LOCK
         self._handle: int | None = None
         self._before: set[str] | None = None  # what was in the folder before the start that is under way
 
     def __enter__(self) -> "RunLock":
-        problem = self._take() if jax.process_index() == 0 else None
+        self._settle(self._take() if jax.process_index() == 0 else None)
+        return self
+
+    def _settle(self, problem: UserError | None) -> None:
+        """Ends the taking of the lock, on all processes alike."""
+        on_disk, several = isinstance(self._path, Path), jax.process_count() > 1 and fcntl is not None
+        if on_disk and several and problem is None and jax.process_index() == 0:
+            joined.client.key_value_set(HOLDER, self._path.read_text(), allow_overwrite=True)
         if not everywhere(problem is None):
             self.close()
             raise problem or UserError("process 0 could not lock the run's folder; see its message")
+        if on_disk and several and not everywhere(self._shared()):
+            self.close()
+            raise UserError(
+                f"out_dir {self._path.parent} is not one folder for all hosts (here: process {jax.process_index()}, "
+                f"{socket.gethostname()}), and each writes its part of a checkpoint; name a folder that all hosts "
+                "share, or one in a store: gs://BUCKET/PATH, s3://BUCKET/PATH"
+            )
         LAST_ACTS.append(self._abandon)
         self.callback(LAST_ACTS.remove, self._abandon)
-        return self
+
+    def _shared(self) -> bool:
+        """Whether this process sees the lock that process 0 holds."""
+        holder, deadline = joined.client.blocking_key_value_get(HOLDER, FOREVER_MS), time.monotonic() + SHARED_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if self._path.read_text() == holder:
+                    return True
+            time.sleep(0.2)
+        return False
 
     def lost(self) -> str:
         """Why the folder is no longer this run's; "" if it is.
@@ -92,14 +118,17 @@ class RunLock(contextlib.ExitStack):
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """Within it, an exception removes from the folder what was not there before: a failed start leaves nothing."""
-        if self._handle is not None:
-            self._before = {path.name for path in self._path.parent.iterdir()}
+        self._before = self._names()
         try:
             yield
         except BaseException:
             self._undo_start()
             raise
         self._before = None
+
+    def _names(self) -> set[str] | None:
+        """What the folder holds; None on a process that does not hold the lock."""
+        return None if self._handle is None else {path.name for path in self._path.parent.iterdir()}
 
     def _undo_start(self) -> None:
         if self._before is None or self.lost():
@@ -327,7 +356,7 @@ class Watchdog:
         os._exit(Exit.STALLED)
 
 
-def trim_jsonl(path: Path, step: int, without: str = "") -> int:
+def trim_jsonl(path: store.AnyPath, step: int, without: str = "") -> int:
     """Drops from a file of one JSON object a line those with a `step` above `step`, and torn lines; atomically.
 
     `without`: a key that drops a line of `step` itself. Returns how many lines are left. UserError where it cannot be
@@ -346,7 +375,7 @@ def trim_jsonl(path: Path, step: int, without: str = "") -> int:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; move it away") from None
     kept = [line for line in lines if stays(line)]
-    if kept != lines:
+    if kept != lines or kept and store.in_store(path):  # there the file begins anew: see store.py
         with atomic_write(path) as file:
             file.writelines(kept)
     return len(kept)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt import UserError, from_json, local_path, optional
+from jaxgpt import UserError, from_json, local_path, optional, store
+from jaxgpt.cache import Cache
 from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.data import Corpus, corpus_folders
 from jaxgpt.keys import take
@@ -164,16 +165,17 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     """The validation split in data_dir, by default the one of a run."""
     if not data_dir and model.weights:
         raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
-    folders = [local_path(data_dir)] if data_dir else corpus_folders(take(DataConfig, model.run_config))
+    folders = [store.folder(data_dir)] if data_dir else corpus_folders(take(DataConfig, model.run_config))
     if len(folders) > 1:
         raise UserError(f"which corpus? {model.source} was trained on several: add --data_dir=FOLDER of one of them")
     folder, began = folders[0], read_saved(model.folder).get("environment") if not data_dir else None
-    if not folder.exists() and isinstance(began, dict) and "folder" in began:
+    if isinstance(folder, Path) and not folder.exists() and isinstance(began, dict) and "folder" in began:
         folder = Path(began["folder"], folder)  # as it was named where the run was started
     if not folder.exists():
         raise UserError(
             f"{model.source} was trained on {folder}, which is not there; add --data_dir=FOLDER of its corpus"
         )
-    corpus = Corpus.open(folder, "val", block_size=1, vocab_size=model.config.vocab_size)
+    cache = Cache(model.run_config.data_cache, model.run_config.data_cache_gb)
+    corpus = Corpus.open(folder, "val", block_size=1, vocab_size=model.config.vocab_size, cache=cache)
     model.check_corpus(corpus.meta)
     return validation(corpus, model.config.block_size)

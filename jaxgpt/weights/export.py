@@ -87,7 +87,7 @@ def write_tokenizer(model: OpenedModel, folder: Path) -> None:
         theirs = tokenizers.ByteLevelBPETokenizer(from_json(vocab), pairs)
         theirs.add_special_tokens([ENDOFTEXT])
     else:
-        theirs = tokenizers.Tokenizer.from_file(str(model.folder / model.meta.tokenizer))
+        theirs = tokenizers.Tokenizer.from_str((model.folder / model.meta.tokenizer).read_text("utf-8"))
         theirs.no_truncation()
         theirs.no_padding()
         plain, adding = (theirs.encode("a", add_special_tokens=add).ids for add in (False, True))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import UserError, from_json, optional
+from jaxgpt.store import AnyPath
 
 # weights_only=True could be escaped before torch 2.6 (GHSA-53q9-r3pm-6pq6) and before 2.10 (GHSA-63cw-57p8-fm3p)
 SAFE_TORCH = (2, 10)
@@ -150,7 +151,7 @@ def torch_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
         yield str(name), Tensor(tuple(t.shape), str(t.dtype), partial(read, t))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file. UserError if there is none."""
     try:
         value = from_json(path.read_bytes())

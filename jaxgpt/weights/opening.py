@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, local_path
+from jaxgpt import UserError, store
 from jaxgpt.cli import Parser
 from jaxgpt.config import GPT2_SIZES, DataConfig, DeviceConfig, default_config, read_config, resolve
 from jaxgpt.data import RunData, corpus_folders
@@ -22,6 +22,7 @@ from jaxgpt.models import ModelConfig, Params, abstract_params, bind, cast_param
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import param_specs
 from jaxgpt.step import OPTIONAL
+from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import Meta, Tokenizer, check_same_language, corpus_meta, identified, load_tokenizer
 from jaxgpt.weights import hf
 from jaxgpt.weights.files import ParamsFile, read_json
@@ -37,7 +38,7 @@ class OpenedModel:
     """
 
     source: str  # the name or folder it came from
-    folder: Path
+    folder: AnyPath
     meta: Meta  # of its tokenizer
     run_config: ConfigDict  # a run's or an export's, or the defaults with the shape of a Hugging Face model
     config: ModelConfig
@@ -79,7 +80,7 @@ class OpenedModel:
     def tokenizer(self) -> Tokenizer:
         """Raises UserError if it is not there."""
         vocabulary, own = self.folder / "vocab.json", self.folder / self.meta.tokenizer
-        if own.suffix == ".json" and not own.is_file() and vocabulary.is_file():
+        if own.name.endswith(".json") and not own.is_file() and vocabulary.is_file():
             raise UserError(
                 f"{vocabulary} is not GPT-2's, and there is no tokenizer.json; write one: in Python, transformers."
                 f"AutoTokenizer.from_pretrained({str(self.folder)!r}).save_pretrained({str(self.folder)!r})"
@@ -164,14 +165,16 @@ def open_model(
     if (not out_dir) == (not init_from):
         raise UserError("name one model: --out_dir=FOLDER of a run, or --init_from=gpt2 or a folder")
     source = f"./{out_dir}" if out_dir in GPT2_SIZES else str(out_dir or init_from)
-    folder = local_path(source)
+    folder = store.folder(source)
     source = str(folder) if source.startswith("~") else source
     has_config = not weights and source not in GPT2_SIZES and (folder / "config.json").is_file()
     if has_config and "block_size" in read_json(folder / "config.json"):  # ours; GPT-2's is called n_positions
         run, meta = read_config(folder, model=model, model_changed=model_changed), corpus_meta(folder)
         exported = (folder / SAFETENSORS).is_file() and not (folder / "checkpoints").exists()
-        stored = ParamsFile(folder / SAFETENSORS) if exported else None
+        stored = ParamsFile(_local(folder) / SAFETENSORS) if exported else None
     else:
+        if not isinstance(folder, Path):
+            raise UserError(f"{folder} holds no run: it has no config.json of ours; check its name, or copy it here")
         stored = weights or hf.open_weights(source)
         run, folder, meta = default_config(), stored.folder, stored.meta
         run.update({key: value for key, value in stored.fields.items() if key in run})
@@ -206,10 +209,18 @@ def open_data(config: ConfigDict, mesh: Mesh, weights: OpenedModel | None) -> Ru
 
 def check_data(config: ConfigDict, meta: Meta, weights: OpenedModel | None) -> None:
     """Raises UserError unless a run with these tokens can start from these weights and write into its out_dir."""
-    if os.path.realpath(config.out_dir) in map(os.path.realpath, corpus_folders(take(DataConfig, config))):
+    corpora = [os.path.realpath(str(folder)) for folder in corpus_folders(take(DataConfig, config))]
+    if os.path.realpath(config.out_dir) in corpora:
         raise UserError(f"out_dir={config.out_dir} is the corpus's own folder; choose another out_dir")
     if weights:
         weights.check_corpus(meta)
+
+
+def _local(folder: AnyPath) -> Path:
+    """Raises UserError on a folder in a store: of what is there, runs alone can be opened."""
+    if isinstance(folder, Path):
+        return folder
+    raise UserError(f"{folder} is no run but an export; copy it here and name the copy")
 
 
 def add_model_arguments(parser: Parser) -> None:
