@@ -183,7 +183,7 @@ def resolve(config: ConfigDict, mesh: Mesh, vocab_size: int, eot: int | None = N
         config,
         vocab_size=vocab_size,
         dtype=dtype,
-        kernels=ampere and mesh.shape["tensor"] == 1 if wanted.kernels == "auto" else wanted.kernels == "on",
+        kernels=ampere if wanted.kernels == "auto" else wanted.kernels == "on",
         remat=wanted.remat,
         doc_mask=eot if config.doc_mask else -1,
     )

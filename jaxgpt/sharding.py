@@ -244,18 +244,24 @@ def mean_over(x: Any, mesh: Mesh, *axes: str) -> Any:
     return jax.lax.pmean(x, axes) if axes else x
 
 
+def tensor_parts() -> int:
+    """Over how many devices of `tensor` what is traced now is split by the compiler: 1 within `on_parts`, too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if "tensor" in mesh.manual_axes else mesh.shape.get("tensor", 1)
+
+
+def on_parts(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` that each device over `tensor` runs on its part of the arrays: what f sends is then f's own."""
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False)
+
+
 def split_heads(f: Callable[..., Float[Array, "B T N H"]]) -> Callable[..., Float[Array, "B T N H"]]:
     """`f` that each device runs on its own heads of arrays (B, T, N, H) and on whole arrays (B, T) or None, for an `f`
     that the compiler cannot split."""
-    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
+    if tensor_parts() == 1:
         return f
     spec = P(None, None, "tensor")
-
-    def split(*arrays):
-        specs = jax.tree.map(lambda x: spec if x.ndim == 4 else P(), arrays)
-        return jax.shard_map(f, in_specs=specs, out_specs=spec, axis_names={"tensor"}, check_vma=False)(*arrays)
-
-    return split
+    return lambda *arrays: on_parts(f, jax.tree.map(lambda x: spec if x.ndim == 4 else P(), arrays), spec)(*arrays)
 
 
 def _on_parts_over_tensor(f: Callable, specs: Any, mesh: Mesh) -> Callable:
@@ -263,7 +269,7 @@ def _on_parts_over_tensor(f: Callable, specs: Any, mesh: Mesh) -> Callable:
     if mesh.shape["tensor"] == 1:
         return f
     specs = jax.tree.map(lambda spec: _without("fsdp", spec), specs)
-    return jax.shard_map(f, in_specs=(specs,), out_specs=specs, axis_names={"tensor"}, check_vma=False)
+    return on_parts(f, (specs,), specs)
 
 
 def _without(axis: str, spec: P) -> P:

@@ -107,9 +107,9 @@ def test_nothing_is_noted_where_nobody_watches():
 @pytest.fixture
 def without_triton(monkeypatch):
     monkeypatch.setattr(launch, "triton", None)
-    launch.available.cache_clear()
+    launch._installed.cache_clear()
     yield
-    launch.available.cache_clear()
+    launch._installed.cache_clear()
 
 
 def test_where_the_backend_is_gone_all_runs_plain(without_triton):

@@ -19,6 +19,7 @@ from jaxgpt import UserError, sharding
 from jaxgpt.config import GPT2_SIZES, default_config, resolve
 from jaxgpt.models import abstract_params, role_of, roles
 from jaxgpt.models.gpt2 import GPTConfig
+from jaxgpt.ops.paths import watch
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import (
     AXES,
@@ -99,6 +100,23 @@ def test_losses_and_parameters_do_not_depend_on_the_mesh(run, sizes):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # Adam magnifies rounding where gradients are near 0
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_run_on_each_devices_rows_over_tensor(run, tiny_config, bias):
+    """Interpreted here. The norms outside the blocks are the compiler's to split, and so plain."""
+    alone, losses = run(1, 1, 1), {}
+    for kernels, sizes in (("off", (1, 1, 1)), ("on", (1, 1, 2))):
+        config = tiny_config(n_head=4, n_embd=32, batch_size=2, gradient_accumulation_steps=8, bias=bias)
+        config.kernels = kernels
+        with watch() as paths:
+            here = Run(config, sizes)
+        losses[kernels] = here.go_on(create_state(here.parts, here.mesh), range(3))[1]
+        assert (paths["loss"], paths["norm"]) == (
+            ({"kernel"}, {"kernel", "plain"}) if kernels == "on" else ({"plain"},) * 2
+        )
+    np.testing.assert_allclose(losses["on"], losses["off"], rtol=0, atol=1e-5)
+    assert bias or losses["off"] == pytest.approx(alone.trained[1][:3], abs=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_evaluation_does_not_depend_on_the_mesh(run, sizes):
     tokens = np.random.default_rng(0).integers(VOCAB, size=(1, 3, 8, 17), dtype=np.uint16)
@@ -130,19 +148,26 @@ def test_fsdp_gathers_parameters_and_scatters_gradients_once_a_step(run):
     assert here.collectives["all-reduce"][1] < 0.05 * matrices  # vectors and scalars
 
 
-def test_tensor_reduces_activations_alone(run):
-    """Nothing is gathered: each device multiplies with its own heads, hidden units and vocabulary."""
-    here = run(1, 1, 4)
-    assert set(here.collectives) == {"all-reduce"}
+def tensor_bytes(here):
+    """Scattered over tensor: each branch's sums once forward and once back, and the gradient of the vocabulary."""
+    _, micro_steps, rows, _ = here.shape
+    c = here.parts.model
+    tokens = rows // data_shards(here.mesh) * c.block_size
+    return 4 * micro_steps * (4 * c.n_layer * tokens * c.n_embd + c.padded_vocab_size * c.n_embd)
 
 
-def test_all_three_axes_at_once(run):
-    """A full rematerialization would show as an all-to-all, a permutation, or more gathered than the parameters."""
-    here = run(2, 2, 2)
-    matrices = here.matrix_bytes()
-    wpe = here.abstract.params["wpe"]["embedding"].size * 4 // 2  # tensor does not split it
-    assert set(here.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
-    assert here.collectives["all-gather"][1] == here.collectives["reduce-scatter"][1] == matrices + wpe
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2)])
+def test_tensor_gathers_and_scatters_each_branch_once_each_way(run, sizes):
+    """A full rematerialization would show as an all-to-all, or more gathered. Gathered besides: the gradient of the
+    embedded tokens, and numbers of tokens, which alone are permuted."""
+    here = run(*sizes)
+    params = 0
+    if sizes[1] > 1:  # as with fsdp alone; tensor does not split the positions
+        params = here.matrix_bytes() + here.abstract.params["wpe"]["embedding"].size * 4 // 2
+    assert set(here.collectives) <= {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
+    assert here.collectives["reduce-scatter"][1] == params + tensor_bytes(here)
+    assert here.collectives["all-gather"][1] < params + 1.2 * tensor_bytes(here)
+    assert here.collectives["collective-permute"][1] < 0.01 * tensor_bytes(here)
 
 
 def test_one_device_sends_nothing(run):

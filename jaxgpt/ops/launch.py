@@ -1,7 +1,7 @@
 """The one place that names Pallas' Triton backend: runs a kernel compiled on a GPU, interpreted on a CPU.
 
-JAX 0.12 still has the backend and warns that a later release will not. Where it is missing `available` says so, once in
-a warning, and every op runs its plain twin.
+JAX 0.12 still has the backend and warns that a later release will not. Where it is missing a warning says
+so, once, and every op runs its plain twin.
 """
 
 import functools
@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from jaxgpt.sharding import tensor_parts
+
 try:
     from jax.experimental.pallas import triton
 except ImportError:
@@ -24,9 +26,13 @@ except ImportError:
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
-@functools.cache  # one warning
 def available() -> bool:
-    """Whether this JAX has what the kernels are written in; warns if not."""
+    """Whether a kernel can run: this JAX has what they are written in, and the compiler need not split them."""
+    return tensor_parts() == 1 and _installed()
+
+
+@functools.cache  # one warning
+def _installed() -> bool:
     if triton is None:
         warnings.warn(f"jax {jax.__version__} has no Pallas Triton backend: plain JAX runs instead", stacklevel=2)
     return triton is not None
