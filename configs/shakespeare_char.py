@@ -1,7 +1,7 @@
 """A character-level GPT on Shakespeare: nanoGPT's config/train_shakespeare_char.py, and `:cpu`, its recipe for a CPU.
 
 10.7M parameters, 16,384 tokens a step, 5,000 steps; `:cpu` 0.8M parameters, 768 tokens a step, 2,000 steps. `:fast` and
-`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 750 and 640 steps.
+`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 440 and 640 steps.
 """
 
 from jaxgpt.config import default_config
@@ -47,20 +47,24 @@ def get_config(size: str = "full"):
         c.learning_rate = 0.02
         c.min_lr = 0.0
         c.embedding_lr = 0.1
-        c.head_lr = 0.01
-        c.weight_decay = 0.0
-        c.beta1, c.beta2 = 0.8, 0.95
+        c.head_lr = 0.003
+        c.weight_decay = 0.4
+        c.beta1 = 0.8
         c.grad_clip = 0.0
         c.warmup_iters = 20
         c.value_embeds = 1
         c.n_head = c.n_head // 2
-        c.eval_interval = 150
-        c.max_iters = c.lr_decay_iters = 750
+        c.eval_interval = 110
+        c.eval_iters = 0  # the whole validation split
+        c.max_iters = c.lr_decay_iters = 440
         c.momentum_warmup_iters = 200
     if size == "cpu-fast":
         c.batch_size = 24
         c.learning_rate = 0.015
         c.embedding_lr = 0.2
+        c.head_lr = 0.01
+        c.weight_decay = 0.0
+        c.beta2 = 0.95
         c.cooldown = 0.8
         c.eval_interval = 160
         c.max_iters = c.lr_decay_iters = 640
