@@ -437,17 +437,27 @@ class Appender:
                     self._wanted.wait_for(lambda: self._closing, 1.0)
 
     def _put(self, data: bytes) -> None:
-        stamp = (self._path / part_name(self._generation, self._part)).put(data, replacing=self._stamp)
-        while stamp is None:  # somebody else's part: this one's new lines go into the next
-            with self._wanted:
-                self._next_part()
-                data = bytes(self._text)
-            stamp = (self._path / part_name(self._generation, self._part)).put(data, replacing=self._stamp)
+        stamp = None
+        while stamp is None:
+            part = self._path / part_name(self._generation, self._part)
+            stamp = part.put(data, replacing=self._stamp)
+            if stamp is None and (earlier := self._earlier(part, data)):
+                self._stamp = earlier
+            elif stamp is None:  # somebody else's part: this one's new lines go into the next
+                with self._wanted:
+                    self._next_part()
+                    data = bytes(self._text)
         self._stamp = stamp
         if not self._old_gone:
             found = self._path.objects()
             self._path.remove_all([key for key in found if key < part_name(self._generation, 0)])
             self._old_gone = True
+
+    def _earlier(self, part: StorePath, data: bytes) -> bytes | None:
+        """The generation of a part that holds the beginning of `data`: a write of ours, whose answer was lost."""
+        with contextlib.suppress(FileNotFoundError):
+            found, generation = part.get()
+            return generation if data.startswith(found) else None
 
     def _next_part(self) -> None:
         """Begins a part with what has not been sent."""

@@ -208,7 +208,7 @@ def stores() -> Iterator[tuple[Proxy, Proxy, dict[str, str]]]:
     finally:
         store._bucket.cache_clear()
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         moto.stop()
         for server in (s3, gs, gcs):
             server.shutdown()

@@ -4,6 +4,7 @@ S3 by moto's server, GCS by a small server of our own, each behind a proxy that 
 with 20 kills and a checkpoint of 124M, are `scripts/faults store`.
 """
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -203,6 +204,17 @@ def test_a_store_that_is_away_costs_no_line(proxy, out, quick, caplog):
     assert path.read_text() == "1\n2\n3\n4\n" and caplog.text.count("stays in memory") == 1
 
 
+def test_a_write_whose_answer_was_lost_doubles_no_line(proxy, out, quick):
+    path = out / "metrics.jsonl"
+    with store.append(path) as file:
+        for lost in (False, True, True, False):
+            proxy.fault = lambda method, path, lost=lost: "late" if lost else None
+            file.write(f"{file._total}\n")
+            with contextlib.nullcontext() if not lost else pytest.raises(OSError):
+                file.sync()
+    assert path.read_text() == "0\n2\n4\n6\n"
+
+
 def test_a_resumed_run_begins_a_generation(proxy, out, quick):
     """A writer that was taken for dead goes on writing: nothing of it counts."""
     path = out / "metrics.jsonl"
@@ -269,6 +281,29 @@ def test_a_failed_save_costs_no_older_one(proxy, out, caplog):
     assert Checkpoints(out).steps() == [1, 3] and not any("/2/" in name for name in out.objects())
 
 
+def test_a_record_whose_answer_was_lost_is_taken_back(proxy, out, monkeypatch):
+    """It was written, and the save has failed: what it names goes, and so must it."""
+    checkpoints, written = Checkpoints(out), []
+    abandon = checkpoints._place.abandon
+
+    def fault(method, path):
+        if "record.json" in path and (written or method in ("PUT", "POST")):
+            written.append(path)
+            return "late"
+
+    def abandoning(step):
+        proxy.fault = lambda method, path: None
+        assert Checkpoints(out).steps() == [1, 2]
+        abandon(step)
+
+    save(checkpoints, 1)
+    proxy.fault = fault
+    monkeypatch.setattr(checkpoints._place, "abandon", abandoning)
+    checkpoints.save(2, state(2), {})
+    assert not checkpoints.wait() and written
+    assert Checkpoints(out).steps() == [1] and not any("/2/" in name for name in out.objects())
+
+
 def test_a_store_that_is_away_is_no_damage(proxy, out):
     save(Checkpoints(out), 1, 2)
     proxy.fault = lambda method, path: 503
@@ -285,10 +320,12 @@ def test_a_slow_save_lets_the_next_one_go(proxy, out, caplog):
     checkpoints.save(1, state(1), {}, last=False)
     began = time.monotonic()
     checkpoints.save(2, state(2), {}, last=False)
-    assert time.monotonic() - began < 5 and "checkpoint 2 left out: 1 is still being written" in caplog.text
+    checkpoints.save(3, state(3), {}, last=False)
+    assert time.monotonic() - began < 5 and caplog.text.count("no checkpoint at ") == 1
+    assert "no checkpoint at 2, while 1 is still being written to" in caplog.text
     going_on.set()
-    checkpoints.save(3, state(3), {})
-    assert checkpoints.wait() and checkpoints.steps() == [1, 3]
+    checkpoints.save(4, state(4), {})
+    assert checkpoints.wait() and checkpoints.steps() == [1, 4]
 
 
 def test_a_copied_run_is_a_run(proxy, out, tmp_path):
@@ -412,6 +449,10 @@ def test_bad_input_is_one_line_before_anything_is_compiled(servers, scheme, tiny
         train(tiny_config(out_dir=f"{scheme}://{BUCKET}/run"))
     assert "check the credentials" in str(user_error(error.value))
     servers[scheme].fault = lambda method, path: None
+    with monkeypatch.context() as patch:
+        patch.setattr(servers[scheme], "drop_conditions", True)
+        with pytest.raises(UserError, match="without conditional writes"):
+            train(tiny_config(out_dir=f"{scheme}://{BUCKET}/run"))
     with pytest.raises(UserError, match=r"no \.\."):
         train(tiny_config(out_dir=f"{scheme}://{BUCKET}/../run"))
     with pytest.raises(UserError, match="does not exist"):

@@ -103,6 +103,7 @@ class Checkpoints:
         self._first = jax.process_index() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None
+        self._slow = -1  # the step of the save that others were left out for
         self._saved = Saved(-1, {})
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
@@ -174,13 +175,16 @@ class Checkpoints:
         where processes no longer hold the same state.
 
         last: False where the run goes on and saves again. To an object store, which may be slower than the run, such a
-        save is left out, and said to be, while the one before it is still being written.
+        save is left out while the one before it is still being written, which is said once.
         """
         if not last and self._place.may_be_slow and self._pending:
             future, under_way = self._pending.future, self._pending.step
             if not everywhere(future is None or future.done()):
-                if self._first:
-                    log.warning("checkpoint %d left out: %d is still being written to %s", step, under_way, self.folder)
+                if self._first and self._slow != under_way:
+                    log.warning(
+                        "no checkpoint at %d, while %d is still being written to %s", step, under_way, self.folder
+                    )
+                self._slow = under_way
                 return
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))

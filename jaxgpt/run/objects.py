@@ -203,6 +203,10 @@ class Objects:
         folder.remove_all(folder.objects())
 
     def abandon(self, step: int) -> None:
+        record = self.folder / f"{step}/record.json"
+        with contextlib.suppress(FileNotFoundError, ValueError):  # it may be there, if the answer to its write was lost
+            if from_json(record.read_bytes()).get("state") == self._state.name:
+                record.unlink()
         self._state.remove_all(self._state.objects())
 
 
