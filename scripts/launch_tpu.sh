@@ -38,7 +38,7 @@ while state=$(gcloud compute tpus queued-resources describe "$name" "${at[@]}" -
     echo "$name is $state, waiting for $accelerator in $zone" >&2
     sleep 60
 done
-python='command -v python3.11 >/dev/null || sudo apt-get -qq install -y python3.11-venv; export PYTHON=python3.11'
+python='command -v python3.11 >/dev/null || { sudo apt-get -qq update; sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y python3.11-venv; }; export PYTHON=python3.11'
 on_all_hosts "set -e; $mount; [ -d jaxgpt ] || git clone $repository jaxgpt; cd jaxgpt; $python; scripts/setup tpu"
 # jax.distributed finds the hosts by itself; nothing but process 0 writes to stdout
 on_all_hosts "cd jaxgpt && .venv/bin/python -m jaxgpt.train $(printf '%q ' "$@") --config.init_from=auto"

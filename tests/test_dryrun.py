@@ -18,7 +18,15 @@ from jaxgpt.config import GPT2_SIZES, default_config, resolve
 from jaxgpt.metrics import memory_gib, peak_bytes, peak_flops
 from jaxgpt.sharding import make_mesh
 from jaxgpt.tools import slices
-from jaxgpt.tools.dryrun import async_pairs, bytes_per_device, collectives, dry_run, loops_factor, too_large
+from jaxgpt.tools.dryrun import (
+    async_pairs,
+    bytes_per_device,
+    collectives,
+    dry_run,
+    loops_factor,
+    memory_bytes,
+    too_large,
+)
 from jaxgpt.tools.estimate import step_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +212,21 @@ def test_collectives_as_a_tpu_compiler_writes_them():
     assert async_pairs(TPU_HLO) == 1
 
 
+def test_arrays_in_a_tpu_core_are_not_in_its_memory():
+    """A slice is fetched, used in the core, and one result in memory written."""
+    hlo = """
+ENTRY %main (x: f32[64,128]) -> f32[8,128] {
+  %x = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:128]}
+  %d = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s)
+  %f = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%d), kind=kLoop, calls=%cast
+  ROOT %r = f32[8,128]{1,0:T(8,128)} fusion(%d, %f), kind=kLoop, calls=%sum
+}
+"""
+    assert memory_bytes(hlo) == pytest.approx(2 * 4 * 8 * 128, abs=8)  # and a flag of the fetch
+    assert memory_bytes(HLO) == 5 * (256 + 128 + 512) + 2 * (64 + 128) + (32 + 128)  # loops as they run
+
+
 def test_what_a_tpu_compiler_says_of_memory_becomes_settings(tiny_config):
     mesh = make_mesh()
     parts = resolve(tiny_config(batch_size=16), mesh, 27)
@@ -211,6 +234,8 @@ def test_what_a_tpu_compiler_says_of_memory_becomes_settings(tiny_config):
     line = too_large(said, parts, mesh, 0.5)
     assert line.startswith("out of memory: a step needs 20.00 GiB and a device has 15.75; ")
     assert "batch_size=12, remat=block" in line
+    said = "the total memory required for HLO temporaries (27.47G) exceeds available HBM (15.75G). See …"
+    assert "a step needs 27.97 GiB and a device has 15.75; " in too_large(said, parts, mesh, 0.5)
     assert too_large("INTERNAL: no\nmore", parts, mesh, 0.5) == "the compiler refuses this step: INTERNAL: no"
 
 

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -152,9 +152,13 @@ def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> l
     if device.platform == "cpu":
         return [f"{compute}; its memory traffic is not known, for lack of that device's compiler"]
     size = compiled.cost_analysis()["bytes accessed"] * loops_factor(hlo)
+    traffic = f"{size / 1e9:.1f} GB of memory traffic"
+    if device.platform == "tpu":
+        traffic, size = f"{size / 1e9:.1f} GB moved", min(size, memory_bytes(hlo))
+        traffic += f", {size / 1e9:.1f} of them to and from memory"
     seconds = max(flops / peak, size / rate)
     return [
-        f"{compute}; {size / 1e9:.1f} GB of memory traffic, {1e3 * size / rate:.1f} ms at {rate / 1e9:g} GB/s: "
+        f"{compute}; {traffic}, {1e3 * size / rate:.1f} ms at {rate / 1e9:g} GB/s: "
         f"roofline {1e3 * seconds:.1f} ms, MFU up to {100 * flops / peak / seconds:.0f}%"
     ]
 
@@ -162,9 +166,11 @@ def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> l
 def too_large(message: str, parts: Parts, mesh: Mesh, state_gib: float) -> str:
     """What to say of a compiler's complaint, which is on memory as a rule: TPUs' checks it."""
     used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", message)
-    if not used:
+    beside = re.search(r"HLO temporaries \(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)([MG])\)", message)
+    if not (found := used or beside):
         return f"the compiler refuses this step: {message.splitlines()[0][:300]}"
-    need, there = (float(x) / (1 if unit == "G" else 1024) for x, unit in (used.groups()[:2], used.groups()[2:]))
+    need, there = (float(x) / (1 if unit == "G" else 1024) for x, unit in (found.groups()[:2], found.groups()[2:]))
+    need += 0 if used else state_gib
     size = max(1, math.floor(parts.data.batch_size * (there - state_gib) / max(need - state_gib, 1e-9)))
     ways = [f"batch_size={size}"] if size < parts.data.batch_size and there > state_gib else []
     ways += ["remat=block"] if parts.model.remat == "none" else []
@@ -232,24 +238,42 @@ def loops_factor(hlo: str) -> float:
 
     XLA's cost analysis counts so. Here an instruction's bytes are those of its operands and results, as a weight.
     """
-    computations = _computations(hlo)
+    weights = [
+        (times, sum(map(_bytes, [shape, *operands]))) for times, _, shape, operands in _executed(_computations(hlo))
+    ]
+    once = sum(weight for _, weight in weights)
+    return sum(times * weight for times, weight in weights) / once if once else 1.0
 
-    def weigh(computation: str, looping: bool) -> float:
-        size_of, total = {}, 0.0
-        for instruction in computations.get(computation, ()):
-            result, shape, operation, rest = instruction.groups()
-            size_of[result] = _bytes(shape)
-            if operation == "while":
-                body = re.search(r"body=%?([\w.\-]+)", rest)
-                trips = _trips(computations, rest) if looping else 1
-                total += trips * weigh(body[1], looping) if body else 0
-            elif operation not in ("parameter", "get-tuple-element", "tuple", "bitcast", "constant"):
-                operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
-                total += size_of[result] + sum(size_of.get(x, 0) for x in operands)
-        return total
 
-    once = weigh("ENTRY", looping=False)
-    return weigh("ENTRY", looping=True) / once if once else 1.0
+def memory_bytes(hlo: str) -> int:
+    """Bytes that a TPU's compiled program reads from its memory and writes there, without the padding of arrays.
+
+    XLA's analysis counts arrays in a core's own memory too, `S(1)` in their layouts. Loops count as they run.
+    """
+    total = 0
+    for times, operation, shape, operands in _executed(_computations(hlo)):
+        arrays = " ".join([shape] if operation.endswith("-start") else [shape, *operands])  # -start holds its operands
+        if operation in ("copy-start", "slice-start"):  # between the two
+            total += times * (_bytes(shape) - sum(map(_bytes, operands)))
+        elif not operation.endswith("-done"):
+            total += times * _bytes(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]\d*\)\}", "", arrays))
+    return total
+
+
+def _executed(
+    computations: dict[str, list[re.Match]], computation: str = "ENTRY", times: int = 1
+) -> Iterator[tuple[int, str, str, list[str]]]:
+    """What runs, bodies of loops too: how often, the operation, its result's shape and its operands'."""
+    shape_of = {}
+    for instruction in computations.get(computation, ()):
+        result, shape, operation, rest = instruction.groups()
+        shape_of[result] = shape
+        if operation == "while":
+            if body := re.search(r"body=%?([\w.\-]+)", rest):
+                yield from _executed(computations, body[1], times * _trips(computations, rest))
+        elif operation not in ("parameter", "get-tuple-element", "tuple", "bitcast", "constant"):
+            operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+            yield times, operation, shape, [shape_of.get(x, "") for x in operands]
 
 
 def _trips(computations: dict[str, list[re.Match]], rest: str) -> int:
