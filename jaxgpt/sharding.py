@@ -101,14 +101,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
         )
     # Auto: the compiler spreads shardings from the arrays to everything between them
     types = (AxisType.Auto,) * len(AXES)
-    count = len({getattr(device, "slice_index", None) for device in devices})
-    if devices[0].platform != "tpu" or count == 1:
+    if devices[0].platform != "tpu":
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     # TPU slices are joined by the slow network alone: what crosses it is the mean over `data`
+    count = len({getattr(device, "slice_index", None) for device in devices})
     if sizes[0] % count:
         raise UserError(f"mesh_data={sizes[0]} must be a multiple of the {count} slices, which only data is split over")
-    inside, slices = (sizes[0] // count, *sizes[1:]), (count, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, slices, devices), AXES, axis_types=types)
+    inside, slices, split = (sizes[0] // count, *sizes[1:]), (count, 1, 1), {"allow_split_physical_axes": True}
+    if count == 1:
+        return Mesh(mesh_utils.create_device_mesh(inside, devices, **split), AXES, axis_types=types)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, slices, devices, **split), AXES, axis_types=types)
 
 
 def configured_mesh(config: Any, devices: Sequence | None = None) -> Mesh:

@@ -139,6 +139,18 @@ def test_data_is_over_slices():
     assert done.stdout == "{'data': 4, 'fsdp': 4, 'tensor': 1} [{0}, {0}, {1}, {1}]\n", done.stderr
 
 
+def test_meshes_of_described_slices():
+    """Of each kind; also sizes that divide no side of the slice: 8 of 4 × 4 × 4."""
+    pytest.importorskip("libtpu")
+    code = (
+        "from jaxgpt.tools import slices; from jaxgpt.sharding import make_mesh\n"
+        "for name in 'v4:2x2x4', 'v5e:4x4', 'v5p:4x4x4', 'v6e:8x8':\n"
+        "    print(make_mesh(-1, 8, 1, devices=slices.describe_tpus(slices.parse(name))).devices.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout == "(2, 8, 1)\n(2, 8, 1)\n(8, 8, 1)\n(8, 8, 1)\n", done.stderr
+
+
 def test_gpus_by_name(tiny_config, capsys):
     assert dry_run(tiny_config(), "h100:8") == 0
     out, err = capsys.readouterr()

@@ -110,7 +110,8 @@ def describe_tpus(name: Name) -> Sequence[Any]:
     for key, value in ALONE.items():
         os.environ.setdefault(key, value)
     jax.config.update("jax_platforms", "cpu")  # all but the compiler is this machine's own
-    options = {"num_slices": name.slices} if name.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": name.slices} if name.slices > 1 else {}
+    options |= {"chip_config_name": "megacore"} if name.kind == "v4" else {}  # a chip's two cores as one device
     try:
         shape = f"{name.kind}:{name.shape}"
         return topologies.get_topology_desc(platform="tpu", topology_name=shape, **options).devices
