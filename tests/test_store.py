@@ -23,17 +23,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import BUCKET, stores
 
-from jaxgpt import Unavailable, UserError, store, user_error
+from jaxgpt import Unavailable, UserError, convert, store, user_error
 from jaxgpt.cache import Cache
 from jaxgpt.corpus import shards
 from jaxgpt.corpus.sources import Files
 from jaxgpt.data import Corpus
 from jaxgpt.plot import read_metrics
+from jaxgpt.report import read_run
 from jaxgpt.run import lease
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.guard import Exit, trim_jsonl
+from jaxgpt.sharding import make_mesh
 from jaxgpt.store import ABSENT, Appender
 from jaxgpt.train import train
+from jaxgpt.weights.opening import open_model
 
 SCHEMES = ("s3", "gs")
 
@@ -420,6 +423,12 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(proxy, out, quick, tiny_config, t
     assert "not-to-be-logged" not in (out / "config.json").read_text()
     with pytest.raises(UserError, match="already holds a run"):
         train(tiny_config(**{**there, "init_from": "scratch"}))
+    assert len(read_run(out).rows) == len(ours)
+    export = out.parent / "export"
+    convert.main([f"--out_dir={out}", f"--to_safetensors={export}"])
+    assert "model.safetensors" in export.objects()
+    with pytest.raises(UserError, match="no run but an export; copy it here"):
+        open_model(init_from=str(export), mesh=make_mesh(), dtype="float32")
 
 
 @pytest.mark.parametrize("proxy", ["gs"], indirect=True)
