@@ -228,9 +228,10 @@ def test_processes_that_differ_end_before_the_first_step(pair, token_folder, tmp
         assert (processes.folder / "1.out").read_text() == ""
 
 
-def test_a_killed_and_a_stopped_process_end_the_others(pair):
-    """The stopped one cannot end; it is missed by its heartbeats."""
-    killed, stopped = pair("killed"), pair("stopped")
+def test_a_killed_and_a_stopped_process_end_the_others(pair, token_folder, tmp_path):
+    """The stopped one cannot end; it is missed by its heartbeats. The other pair have a copy of the data each."""
+    own = shutil.copytree(token_folder, tmp_path / "own data")
+    killed, stopped = pair("killed", f"--config.data_dir={own}"), pair("stopped")
     for each, number in (killed, signal.SIGKILL), (stopped, signal.SIGSTOP):
         each.wait_for_steps()
         each.processes[1].send_signal(number)
