@@ -24,6 +24,7 @@ from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import configure_jax, configured_mesh
 from jaxgpt.step import abstract_state, begin_state, make_train_step
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
+from jaxgpt.tools.memory import choose_batch, compile_step, limit_of, smallest_batch
 from jaxgpt.tools.profile import least_work, profile_table
 
 
@@ -59,14 +60,19 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     if profile and jax.default_backend() != "gpu":
         raise UserError("--profile needs a GPU")
     mesh = configured_mesh(config)
-    data = RunData(take(DataConfig, config), config.block_size, mesh)
+    data = RunData(take(DataConfig, smallest_batch(config, mesh)), config.block_size, mesh)
+    if config.auto_batch_size:
+        limit = limit_of(mesh.local_devices[0])
+        config, line = choose_batch(config, mesh, data.vocab_size, data.meta.eot, limit)
+        print(line, file=sys.stderr)
+        data = RunData(take(DataConfig, config), config.block_size, mesh)
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     making = begin_state(parts, mesh)
     abstract = abstract_state(parts, mesh)
     begin_trace = time.perf_counter()
     lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch())
     lowered_at = time.perf_counter()
-    train_step = lowered.compile()
+    train_step = compile_step(lowered, parts, mesh, abstract)
     compiled_at = time.perf_counter()
     state, metrics = train_step(making.result(), data.batch(0))
     loss_first = float(metrics["loss"][-1])
@@ -87,6 +93,7 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
     strict = parts.model.strict_flops_per_token(state.params) / flops
     result = {
         "what": "train",
+        "batch_size": parts.data.batch_size,
         "step_ms": round(step_ms, 3),
         "step_ms_fixed_batch": round(fixed_ms, 3),
         "tokens_per_s": round(speed["tokens_per_s"]),

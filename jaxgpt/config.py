@@ -49,7 +49,12 @@ class DataConfig:
         choices=("shuffle", "random"),
     )
     doc_mask: bool = key(False, "attention does not cross the end-of-text token")
-    batch_size: int = key(12, "sequences per micro-step and data shard", least=1)
+    batch_size: int = key(
+        12,
+        "sequences per micro-step and data shard; auto: as many as memory holds, for as many tokens a step",
+        least=1,
+    )
+    auto_batch_size: bool = key(False, "what batch_size=auto sets, for presets")
     gradient_accumulation_steps: int = key(40, "micro-steps per optimizer step, over all data shards", least=1)
     eval_iters: int = key(200, "batches in each evaluation's estimate; 0: the whole validation split", below=1_000_001)
     seed: int = key(1337, "of the initial weights, the data's order, dropout", below=2**32)
@@ -330,6 +335,8 @@ def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
         for name, field in part.items():
             choices = f" [{' | '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
             how: dict[str, Any] = {"type": {bool: boolean, int: integer}.get(type(field.default), type(field.default))}
+            if name == "batch_size":
+                how["type"] = integer_or_auto
             how |= {
                 "metavar": type(field.default).__name__.upper(),
                 "help": field.metadata["help"].replace("%", "%%") + choices,
@@ -342,9 +349,19 @@ def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
         raise UserError(f"unknown argument {args.preset}; keys are written --config.KEY=VALUE")
     words = {word.partition("=")[0] for word in argv}
     given = {name: getattr(args, f"config.{name}") for name in config if f"--config.{name}" in words}
+    if given.get("batch_size") == AUTO:
+        given = {name: value for name, value in given.items() if name != "batch_size"} | {"auto_batch_size": True}
     config.update(given)
     validate(config, together=config.init_from not in ("resume", "auto"))  # else the run's values count: see prepare
     return Parsed(config, given, args)
+
+
+AUTO = "auto"
+
+
+def integer_or_auto(text: str) -> int | str:
+    """The value of --config.batch_size."""
+    return AUTO if text == AUTO else integer(text)
 
 
 # (key, the values of it with which others have no effect, those others)
@@ -438,7 +455,8 @@ def resumed_config(
     saved: the run's own, which counts but for what was `given` on the command line; None: all of `config` was given.
     Raises UserError where a key differs that makes it another run.
     """
-    here = ("out_dir", "init_from", "eval_only", "model", "model_changed")  # of this start, not of the run
+    # of this start, not of the run
+    here = ("out_dir", "init_from", "eval_only", "model", "model_changed", "auto_batch_size")
     given = dict(config.items()) if given is None else dict(given)
     fixed = (*SAME_ON_RESUME, *keys(find_model(saved.model).config))
     result, lines = saved.copy_and_resolve_references(), []

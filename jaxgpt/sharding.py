@@ -39,12 +39,20 @@ XLA_GPU_FLAGS = (
 
 # JAX's default allocator takes 75% of a card in one piece, in which GPT-2 XL's step at 16 × 1024 then lacks one hole of
 # 40 GiB. The stream-ordered one maps memory where it is needed: docs/performance.md
-GPU_MEMORY = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async", "XLA_CLIENT_MEM_FRACTION": "0.95"}
-GPU_MEMORY_OF_USER = (*GPU_MEMORY, "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+GPU_FRACTION = 0.95
+GPU_MEMORY = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async", "XLA_CLIENT_MEM_FRACTION": str(GPU_FRACTION)}
+MEM_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+GPU_MEMORY_OF_USER = {*GPU_MEMORY, *MEM_FRACTIONS, "XLA_PYTHON_CLIENT_PREALLOCATE"}
 
 
 def configure_jax() -> None:
-    """Sets what must be set before JAX looks for devices: compiler flags and the cache of compiled programs."""
+    """Sets what must be set before JAX looks for devices: compiler flags and the cache of compiled programs.
+
+    Raises UserError on a fraction of a GPU's memory, in the user's own variables, that there is not.
+    """
+    for name in MEM_FRACTIONS:
+        if not is_fraction(os.environ.get(name, "1")):
+            raise UserError(f"{name}={os.environ[name]} must be a part of a GPU's memory: above 0 and at most 1")
     flags = os.environ.get("XLA_FLAGS", "")
     ours = [f for f in XLA_GPU_FLAGS if f.partition("=")[0] not in flags] if has_nvidia_gpu() else []
     os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
@@ -57,10 +65,18 @@ def configure_jax() -> None:
         if key.upper() not in os.environ:
             jax.config.update(key, value)
     if has_nvidia_gpu():
-        if not set(GPU_MEMORY_OF_USER) & set(os.environ):  # else the user has decided
+        if not GPU_MEMORY_OF_USER & set(os.environ):  # else the user has decided
             os.environ.update(GPU_MEMORY)
     else:
         keep_freed_memory()
+
+
+def is_fraction(text: str) -> bool:
+    """Whether the text is a number above 0 and at most 1."""
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
 
 
 def keep_freed_memory(size: int = 1 << 30) -> None:

@@ -42,7 +42,7 @@ from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, compl
 from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
-from jaxgpt.tools.memory import check_fits
+from jaxgpt.tools.memory import choose_batch, compile_step, limit_of, smallest_batch
 from jaxgpt.trackers import check_trackers
 from jaxgpt.weights.opening import OpenedModel, check_data, open_data, open_weights
 
@@ -112,13 +112,19 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
     if not config.eval_only:
         check_schedule(optimizer)
     weights = None if resume or config.init_from in ("scratch", "auto") else open_weights(config, mesh)
-    data = open_data(config, mesh, weights)
+    fitting = config.auto_batch_size and not config.eval_only
+    data = open_data(smallest_batch(config, mesh) if fitting else config, mesh, weights)
     check_data(config, data.meta, weights)
     if resume:
         ours, corpus = corpus_meta(config.out_dir, data.vocab_size), config.data_dir or config.dataset
         check_same_language(ours, data.meta, corpus, f"the run in {config.out_dir}")
         check_same_corpora(read_saved(store.folder(config.out_dir)).get("data", {}), data.facts(), config.out_dir)
     agree("data", data.facts())
+    if fitting:
+        limit = limit_of(mesh.local_devices[0])
+        config, line = choose_batch(config, mesh, data.vocab_size, data.meta.eot, limit)
+        changes.append(line)
+        data = open_data(config, mesh, weights)
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     evaluate = Evaluation(parts, data, mesh)
     # tokens alone can be trained on: the tokenizer is loaded where text is asked for
@@ -159,8 +165,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             data.begin(step, progress.samples)
             with paths.watch() as taken:
                 lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k))
-            train_step = lowered.compile()
-            check_fits(train_step, parts, mesh)
+            train_step = compile_step(lowered, parts, mesh, abstract)
             state = making.result() if making else complete_state(state, abstract)
             checkpoints.check_replicas(state, step)
             lines = write_run_files(run, data, step, evaluated=progress.evaluated == step)
@@ -367,7 +372,7 @@ def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: i
 
 def memory_limit() -> str:
     """How much of a device's memory arrays may take, where it tells."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = limit_of(jax.local_devices()[0])
     return f", up to {limit / 2**30:.1f} GiB a device" if limit else ""
 
 

@@ -34,7 +34,8 @@ from jaxgpt.sharding import (
     split_heads,
 )
 from jaxgpt.step import abstract_state, create_state, make_eval_step, make_train_step
-from jaxgpt.tools.dryrun import bytes_per_device, collectives
+from jaxgpt.tools.dryrun import collectives
+from jaxgpt.tools.memory import bytes_per_device
 
 VOCAB, STEPS, ROWS = 300, 10, 16
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]

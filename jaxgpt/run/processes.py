@@ -242,6 +242,27 @@ def numerics() -> dict[str, Any]:
     return versions | settings | variables | {"XLA_FLAGS": " ".join(flags)}
 
 
+def least(topic: str, value: int) -> int:
+    """The smallest of the values that the processes give for a topic, the same in each; a barrier, as `agree`."""
+    if not jax.distributed.is_initialized():
+        return value
+    client, limit_ms = joined.client, int(1000 * start_timeout())
+    key = f"jaxgpt/least/{topic}"
+    try:
+        client.key_value_set(f"{key}/{joined.process_id}", str(value))
+        return min(int(client.blocking_key_value_get(f"{key}/{i}", limit_ms)) for i in range(joined.num_processes))
+    except jax.errors.JaxRuntimeError as error:
+        raise _late(error, topic, limit_ms) from None
+
+
+def _late(error: Exception, topic: str, limit_ms: int) -> Exception:
+    """What to raise where a process did not come to an agreement: the error itself, unless it is that."""
+    if "DEADLINE_EXCEEDED" not in str(error):
+        return error
+    waited = f"waited {limit_ms / 1000:g} s for all processes to agree on {topic}"
+    return Unavailable(f"{waited}; see which is late, or give them longer: JAXGPT_START_TIMEOUT")
+
+
 def agree(topic: str, facts: Mapping[str, Any]) -> None:
     """A barrier at which every process compares `facts` with process 0's; {}: a plain barrier.
 
@@ -262,7 +283,4 @@ def agree(topic: str, facts: Mapping[str, Any]) -> None:
             raise UserError(f"{shown}; start every process with the same")
         client.wait_at_barrier(f"jaxgpt/{topic}", limit_ms)
     except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
-        waited = f"waited {limit_ms / 1000:g} s for all processes to agree on {topic}"
-        raise Unavailable(f"{waited}; see which is late, or give them longer: JAXGPT_START_TIMEOUT") from None
+        raise _late(error, topic, limit_ms) from None

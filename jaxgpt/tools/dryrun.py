@@ -5,26 +5,37 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxgpt import UserError
-from jaxgpt.config import DataConfig, Parts, resolve
+from jaxgpt.config import DataConfig, Parts, check_fp8, resolve
 from jaxgpt.data import corpus_folders
 from jaxgpt.keys import take
-from jaxgpt.metrics import memory_gib, peak_bytes, peak_flops
-from jaxgpt.models import count_params
+from jaxgpt.metrics import peak_bytes, peak_flops
+from jaxgpt.models import abstract_params, count_params
 from jaxgpt.run.launchers import count_gpus
-from jaxgpt.sharding import AXES, BATCH_AXES, configured_mesh, data_shards, make_mesh
-from jaxgpt.step import TrainState, abstract_state, make_train_step
-from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, token_dtype
+from jaxgpt.sharding import AXES, configured_mesh, data_shards, make_mesh
+from jaxgpt.step import TrainState, abstract_state
+from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 from jaxgpt.tools import slices
 from jaxgpt.tools.estimate import step_bytes
+from jaxgpt.tools.memory import (
+    Need,
+    bytes_per_device,
+    choose_batch,
+    limit_of,
+    limit_of_kind,
+    lower_step,
+    out_of_memory,
+    smallest_batch,
+    try_compile,
+)
 from jaxgpt.weights.opening import check_data, open_data, open_weights
 
 GPUS_PER_HOST = 8  # of described hosts
@@ -62,23 +73,33 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
     fresh = config.init_from in ("scratch", "auto", "resume")
     weights = None if fresh else attempt(lambda: open_weights(config, where))
     fitting, shards = config.copy_and_resolve_references(), data_shards(where)
-    fitting.gradient_accumulation_steps = max(1, config.gradient_accumulation_steps // shards) * shards
-    if fitting.gradient_accumulation_steps != config.gradient_accumulation_steps:
+    if described and config.dtype == "auto":
+        fitting.dtype = "bfloat16"
+    if name and name.kind in slices.GPUS:
+        attempt(lambda: take_as_supported(fitting, name, where))
+    auto = config.auto_batch_size and attempt(lambda: smallest_batch(fitting, where))
+    if not auto:
+        fitting.gradient_accumulation_steps = max(1, config.gradient_accumulation_steps // shards) * shards
+    if fitting.gradient_accumulation_steps != config.gradient_accumulation_steps and not config.auto_batch_size:
         attempt(lambda: open_data(config, where, weights))
     folders = attempt(lambda: corpus_folders(take(DataConfig, fitting))) or []
     absent = [folder for folder in folders if not config.data_dir and not any(folder.glob("*.bin"))]  # no mistake yet
-    data = None if absent else attempt(lambda: open_data(fitting, where, weights))
+    data = None if absent else attempt(lambda: open_data(auto or fitting, where, weights))
     if data:
         attempt(lambda: check_data(config, data.meta, weights))
-    if described and config.dtype == "auto":
-        fitting.dtype = "bfloat16"
     vocab_size = data.vocab_size if data else weights.meta.vocab_size if weights else GPT2_VOCAB_SIZE
     eot = data.meta.eot if data else GPT2_VOCAB_SIZE - 1
-    parts = attempt(lambda: resolve(fitting, where, vocab_size, eot))
-    state = mesh and parts and attempt(lambda: abstract_state(parts, mesh))
-    lines = state and attempt(lambda: report(parts, mesh, state, described, name))
-    if lines:
-        print("\n".join(lines))
+    device, chosen = where.devices.flat[0], None
+    limit = limit_of_kind(name or device) if described else limit_of(device)
+    if auto and mesh:
+        need_at = partial(estimated_need, mesh) if described and device.platform == "cpu" else None
+        chosen = attempt(lambda: choose_batch(fitting, mesh, vocab_size, eot, limit, need_at))
+    parts = attempt(lambda: resolve(chosen[0] if chosen else auto or fitting, where, vocab_size, eot))
+    state = mesh and parts and (chosen or not auto) and attempt(lambda: abstract_state(parts, mesh))
+    if reported := state and attempt(lambda: report(parts, mesh, state, described, name, limit)):
+        lines, lacking = reported
+        print("\n".join([*lines, chosen[1]] if chosen else lines))
+        problems += [str(lacking)] if lacking else []
         if absent:
             print(f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed")
     for problem in problems:
@@ -99,38 +120,58 @@ def describe_devices(count: int) -> Sequence[Any]:
     return jax.devices()
 
 
-def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool, name: slices.Name | None = None) -> list[str]:
-    """Lines for people on the step compiled for this mesh. Raises UserError where its devices' memory is too small."""
+def take_as_supported(config: ConfigDict, gpu: slices.Name, mesh: Mesh) -> None:
+    """Has the config leave out what no compiler at hand compiles and that GPU has: FP8, cuDNN, bfloat16.
+
+    Raises UserError where that GPU does not have it either.
+    """
+    capability = slices.CAPABILITY[gpu.kind]
+    if config.matmul_dtype == "fp8":
+        config.matmul_dtype = "auto"
+        check_fp8(config, config.dtype, capability >= 8.9, mesh)
+    if config.attention == "cudnn" and capability >= 8:
+        config.attention = "auto"
+    if config.dtype == "bfloat16" and capability < 8:
+        config.dtype = "float16"
+
+
+def estimated_need(mesh: Mesh, parts: Parts) -> Need:
+    """What a step takes by arithmetic."""
+    temporaries = step_bytes(parts, mesh, count_params(parts.model, abstract_params(parts.model), all=True))
+    return Need(bytes_per_device(abstract_state(parts, mesh)), int(temporaries))
+
+
+def report(
+    parts: Parts, mesh: Mesh, state: TrainState, described: bool, name: slices.Name | None, limit: int | None
+) -> tuple[list[str], UserError | None]:
+    """Lines for people on the step compiled for this mesh; and what to say where it does not fit into the limit, in
+    bytes on a device. Raises UserError where the compiler refuses the step."""
     model, data, shards = parts.model, parts.data, data_shards(mesh)
     micro_steps, rows = data.gradient_accumulation_steps // shards, data.batch_size * shards
-    tokens = jax.ShapeDtypeStruct(
-        (1, micro_steps, rows, model.block_size + 1),
-        token_dtype(model.vocab_size),
-        sharding=NamedSharding(mesh, P(None, None, BATCH_AXES, None)),
-    )
-    lowered = make_train_step(parts, mesh).lower(state, tokens)
-    device, state_gib = mesh.devices.flat[0], bytes_per_device(state) / 2**30
+    device = mesh.devices.flat[0]
     try:
-        compiled = lowered.compile()
+        compiled, need = try_compile(lower_step(parts, mesh, state), state)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(too_large(str(error), parts, mesh, state_gib)) from None
-    hlo, kind = compiled.as_text(), name or device
+        raise UserError(f"the compiler refuses this step: {str(error).splitlines()[0][:300]}") from None
+    origin = "as compiled"
     if described and device.platform == "cpu":
-        step_gib = step_bytes(parts, mesh, count_params(model, state.params, all=True)) / 2**30
-        origin = "estimated for accelerators with fused attention"
-    else:
-        step_gib, origin = compiled.memory_analysis().temp_size_in_bytes / 2**30, "as compiled"
-    memory = memory_gib(kind)
-    need = state_gib + step_gib
-    room = "" if memory is None else f" of {memory:g} ({'fits' if need < memory else 'does not fit'})"
+        need, origin = estimated_need(mesh, parts), "estimated for accelerators with fused attention"
+    assert need is not None  # CPUs', GPUs' and TPUs' compilers all tell
+    limit = need.limit or limit
+    lacking = out_of_memory(parts, mesh, need, limit) if limit and need.total > limit else None
+    if compiled is None:
+        raise lacking or AssertionError
+    hlo, kind = compiled.as_text(), name or device
+    room = f" of {limit / 2**30:.1f} ({'does not fit' if lacking else 'fits'})" if limit else ""
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     total = micro_steps * rows * model.block_size
-    return [
+    lines = [
         f"{count_params(model, state.params):,} parameters, {total:,} tokens per step: "
         f"{micro_steps} micro-step{'s' * (micro_steps != 1)} of {rows} sequences of {model.block_size:,}",
         f"mesh {shape} on {mesh.size} × {'described ' if described else ''}{device.device_kind}, {model.dtype}, "
         f"attention by {model.attention}",
-        f"memory per device: {need:.2f} GiB{room}: state {state_gib:.2f}, step {step_gib:.2f} ({origin})",
+        f"memory per device: {need.total / 2**30:.2f} GiB{room}: state {need.state / 2**30:.2f}, step "
+        f"{need.temporaries / 2**30:.2f} ({origin})",
         *roofline(model.flops_per_token(state.params) * total / mesh.size, compiled, hlo, kind, device),
         *(
             f"{name} per step: {count:,} of {size / 1e6:,.1f} MB in all"
@@ -138,6 +179,7 @@ def report(parts: Parts, mesh: Mesh, state: TrainState, described: bool, name: s
         ),
         *([f"asynchronous collectives: {pairs}"] if (pairs := async_pairs(hlo)) else []),
     ]
+    return lines, lacking
 
 
 def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> list[str]:
@@ -161,28 +203,6 @@ def roofline(flops: float, compiled: Any, hlo: str, kind: Any, device: Any) -> l
         f"{compute}; {traffic}, {1e3 * size / rate:.1f} ms at {rate / 1e9:g} GB/s: "
         f"roofline {1e3 * seconds:.1f} ms, MFU up to {100 * flops / peak / seconds:.0f}%"
     ]
-
-
-def too_large(message: str, parts: Parts, mesh: Mesh, state_gib: float) -> str:
-    """What to say of a compiler's complaint, which is on memory as a rule: TPUs' checks it."""
-    used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", message)
-    beside = re.search(r"HLO temporaries \(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)([MG])\)", message)
-    if not (found := used or beside):
-        return f"the compiler refuses this step: {message.splitlines()[0][:300]}"
-    need, there = (float(x) / (1 if unit == "G" else 1024) for x, unit in (found.groups()[:2], found.groups()[2:]))
-    need += 0 if used else state_gib
-    size = max(1, math.floor(parts.data.batch_size * (there - state_gib) / max(need - state_gib, 1e-9)))
-    ways = [f"batch_size={size}"] if size < parts.data.batch_size and there > state_gib else []
-    ways += ["remat=block"] if parts.model.remat == "none" else []
-    return (
-        f"out of memory: a step needs {need:.2f} GiB and a device has {there:.2f}; lower it by "
-        f"{', '.join([*ways, 'a larger mesh_fsdp'])}"
-    )
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of arrays with shardings that each device holds."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"

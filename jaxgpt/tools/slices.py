@@ -29,6 +29,20 @@ GPUS = {
     "gh200": "NVIDIA GH200",
     "b200": "NVIDIA B200",
 }
+# Of GPUs, CUDA's compute capability (developer.nvidia.com/cuda-gpus)
+CAPABILITY = {
+    "t4": 7.5,
+    "v100": 7.0,
+    "a10": 8.6,
+    "a100": 8.0,
+    "a100-40gb": 8.0,
+    "l4": 8.9,
+    "l40s": 8.9,
+    "h100": 9.0,
+    "h200": 9.0,
+    "gh200": 9.0,
+    "b200": 10.0,
+}
 # Slices of v5e and v6e that Cloud TPU has (cloud.google.com/tpu/docs/v5e, …/v6e); those of v4 and v5p have three sides
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # Or libtpu asks the metadata server of a cloud machine which slice it is on, and waits for it; the type only keeps a
