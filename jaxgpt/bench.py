@@ -144,7 +144,7 @@ def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> d
     begin = time.perf_counter()
     # as `sample` opens a model: made in the dtype it computes in
     init = jax.jit(init_params, static_argnums=(0, 2))
-    generate = Generator(model, init(model, jax.random.key(0), model.dtype))
+    generate = Generator(model, init(model, jax.random.key(0), model.dtype), donate=True)
     ends = []
     for i in range(6):
         for _ in generate([0], max_new_tokens, key=jax.random.key(i), num_samples=num_samples):

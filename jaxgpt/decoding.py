@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt import UserError
 from jaxgpt.keys import check_float32
@@ -43,12 +43,13 @@ class Generator:
 
     vocab_size: ids from here on are never chosen; by default the model's. config.kernels: what the model takes from
     jaxgpt/ops runs in the kernels of ops/decode.py where they support it; all parameters must be on one device.
+    donate: each parameter is deleted once its weight is made, so that a model is not there twice.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, *, vocab_size: int | None = None):
+    def __init__(self, config: ModelConfig, params: Params, *, vocab_size: int | None = None, donate: bool = False):
         self.config = dataclasses.replace(config, dropout=0.0, remat="none")
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-        self.weights = _prepare(self.config, params)
+        self.weights = _prepare(self.config, params, donate)
 
     def __call__(
         self,
@@ -102,13 +103,26 @@ class Generator:
         yield np.asarray(tokens)[:, :count]
 
 
-def _prepare(config: ModelConfig, params: Params) -> Params:
-    """The weights in the compute dtype, as the forward pass would cast them; for the kernels matrices lie (out, in)."""
+def _prepare(config: ModelConfig, params: Params, donate: bool) -> Params:
+    """The weights in the compute dtype, as the forward pass would cast them; for the kernels matrices lie (out, in).
 
-    def prepare(role, x):
-        return x.reshape(x.shape[0], -1).T if config.kernels and role.group == "matrix" else x
+    donate: deletes each parameter before the next one's weight is made.
+    """
 
-    return jax.tree.map(prepare, roles(config, params), cast_params(config, params, config.dtype))
+    def prepare(role, x, to):
+        weight = _out_in(x, to.dtype) if config.kernels and role.group == "matrix" else x.astype(to.dtype)
+        if donate and weight is not x:
+            jax.block_until_ready(weight)
+            x.delete()
+        return weight
+
+    wanted = cast_params(config, jax.eval_shape(lambda: params), config.dtype)
+    return jax.tree.map(prepare, roles(config, params), params, wanted)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _out_in(x: Float[Array, "in ..."], dtype: np.dtype) -> Float[Array, "out in"]:
+    return x.reshape(x.shape[0], -1).T.astype(dtype)
 
 
 def _model(config: ModelConfig, weights: Params):

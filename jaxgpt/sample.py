@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
         mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         model = open_model(args.out_dir, mesh=mesh, **model_arguments(args))
         prompts = [model.encode(record["prompt"]) for record in records]
-        generator = Generator(model.config, model.params, vocab_size=model.tokenizer.vocab_size)
+        # --jsonl scores with the parameters themselves
+        generator = Generator(model.config, model.params, vocab_size=model.tokenizer.vocab_size, donate=not args.jsonl)
 
         def generate(prompt: list[int], seed: int) -> Chunks:
             key = random_key(seed, "sample")

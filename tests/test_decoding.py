@@ -66,6 +66,26 @@ def test_greedy_equals_decoding_without_a_cache(kernels, doc_mask):
     assert got.tolist() == [want]
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_donated_model_is_there_once(monkeypatch, kernels):
+    """By the bytes of all arrays alive as each weight is made; the weights are those of parameters that stay."""
+    config = dataclasses.replace(CONFIG, kernels=kernels, dtype="bfloat16")
+    wanted, params = Generator(config, PARAMS), jax.tree.map(jnp.copy, PARAMS)
+    alive, peak = sum(x.nbytes for x in jax.live_arrays()), []
+    ready = jax.block_until_ready
+
+    def watch(x):
+        peak.append(sum(x.nbytes for x in jax.live_arrays()) - alive)
+        return ready(x)
+
+    monkeypatch.setattr(jax, "block_until_ready", watch)
+    donated = Generator(config, params, donate=True)
+    sizes = [x.nbytes for x in jax.tree.leaves(params)]
+    assert 0 < max(peak) <= max(sizes) and sum(x.nbytes for x in jax.live_arrays()) - alive <= 0
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (wanted.weights, donated.weights)), strict=True))
+    assert run(donated).tolist() == run(wanted).tolist()
+
+
 @pytest.mark.parametrize("prompt_length", [12, 30])
 def test_long_prompt_is_cropped(generator, prompt_length):
     prompt = [int(i) for i in np.random.default_rng(0).integers(50, size=prompt_length)]
