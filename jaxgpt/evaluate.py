@@ -15,7 +15,7 @@ from jaxgpt import UserError, atomic_write, local_path
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.run.processes import Processes
 from jaxgpt.scoring.scorer import Scorer
-from jaxgpt.scoring.tasks import METRICS, Task, load_task, open_validation, parse_tasks
+from jaxgpt.scoring.tasks import METRICS, Task, Validation, load_task, open_validation, parse_tasks
 from jaxgpt.sharding import configure_jax, make_mesh
 from jaxgpt.weights.opening import OpenedModel, add_model_arguments, model_arguments, open_model
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
             write_losses(args.per_token, tasks, scorer, model)
 
 
-def write_losses(path: Path, tasks: Sequence[Task], scorer: Scorer, model: OpenedModel) -> None:
+def write_losses(path: Path, tasks: Sequence[Task | Validation], scorer: Scorer, model: OpenedModel) -> None:
     """Each scored token's loss. Every process computes them; the first writes."""
     decode = functools.cache(lambda token: model.tokenizer.decode([token]))
     with contextlib.ExitStack() as stack:

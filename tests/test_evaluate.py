@@ -36,7 +36,7 @@ from jaxgpt.scoring import tasks
 from jaxgpt.scoring.scorer import Row, Scorer
 from jaxgpt.scoring.tasks import load_task
 from jaxgpt.sharding import AXES, make_mesh
-from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, write_meta
+from jaxgpt.tokenizer import CharTokenizer, Meta, meta_for, token_bytes, write_meta
 from jaxgpt.weights.opening import open_model
 
 torch.set_num_threads(1)  # the models are too small for more, and waiting threads take the cores from JAX
@@ -125,7 +125,23 @@ def test_validation_loss_equals_transformers(trained, scorer, kind):
     corpus = Corpus.open(trained.corpus, "val", block_size=1, vocab_size=384)
     result = tasks.validation(corpus, BLOCK).run(scorer, model.params)
     assert result["loss"] == pytest.approx(expected, abs=1e-4)
-    assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
+    assert result["ppl"] == pytest.approx(math.exp(result["loss"])) and "bpb" not in result
+
+
+def test_bits_per_byte(trained, scorer, model, tmp_path):
+    """The nats of the targets that are text, over the bytes of that text, which the library decodes; eot is left out."""
+    tokens = trained.held_out.copy()
+    tokens[100:3000:97] = 0  # ends of documents
+    tokens.tofile(tmp_path / "val.bin")
+    losses = [trained.losses(tokens[i : i + BLOCK + 1])[0] for i in range(0, len(tokens) - 1, BLOCK)]
+    is_text = tokens[1:] != 0
+    nats, text = np.concatenate(losses)[is_text].sum(), trained.bpe.decode(tokens[1:][is_text].tolist())
+    corpus = Corpus.open(tmp_path, "val", block_size=1, vocab_size=384)
+    result = tasks.validation(corpus, BLOCK, token_bytes(model.tokenizer)).run(scorer, model.params)
+    assert "\ufffd" not in text[3:-3]
+    assert result["bpb"] == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-3)
+    no_text = tasks.Validation("val", tasks.validation(corpus, BLOCK).rows[:1], np.zeros(384, np.int32))
+    assert "bpb" not in no_text.run(scorer, model.params)
 
 
 def test_scores_are_the_same_to_the_bit_on_any_number_of_devices(trained):
@@ -377,7 +393,9 @@ def test_command_prints_a_table_or_json(trained, hellaswag_records, tmp_path, ca
     argv = [f"--init_from={source}", f"--tasks=val,hellaswag={items}", f"--data_dir={trained.corpus}"]
     evaluate.main([*argv, "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result.keys() == {"model", "step", "val_loss", "val_ppl"} | {k for k in tasks.METRICS if "hella" in k}
+    assert result.keys() == {"model", "step", "val_loss", "val_ppl", "val_bpb"} | {
+        k for k in tasks.METRICS if "hella" in k
+    }
     evaluate.main(argv)
     table = capsys.readouterr().out
     assert source in table and f"{result['val_loss']:.4f}" in table

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxgpt import UserError, from_json, local_path, optional, store
 from jaxgpt.cache import Cache
@@ -20,13 +21,14 @@ from jaxgpt.keys import take
 from jaxgpt.metrics import perplexity
 from jaxgpt.models import Params
 from jaxgpt.scoring.scorer import Row, Scorer, Scores
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, token_bytes
 from jaxgpt.weights.files import first_line
 from jaxgpt.weights.opening import OpenedModel
 
 METRICS = {
     "val_loss": "nats per token",
     "val_ppl": "exp(val_loss)",
+    "val_bpb": "bits per byte of text",
     "hellaswag_acc": "highest log-likelihood",
     "hellaswag_acc_norm": "… per character, as lm-evaluation-harness",
     "hellaswag_acc_token": "… per token, as llm.c",
@@ -53,16 +55,35 @@ class Task(NamedTuple):
         return rows.hexdigest()[:16]
 
 
-def validation(corpus: Corpus, block_size: int) -> Task:
-    """Every token of the split but the first, in windows of block_size laid end to end; each token weighs the same."""
+class Validation(NamedTuple):
+    """The loss of every token of a split but the first, in windows laid end to end; each token weighs the same.
+
+    Bits per byte are their losses over the UTF-8 bytes of their text, without special tokens, which are no text:
+    comparable over tokenizers. They are left out where token_bytes is None (tokenizer.token_bytes says why).
+    """
+
+    name: str
+    rows: list[Row]
+    token_bytes: Int[np.ndarray, " vocab"] | None
+
+    def run(self, scorer: Scorer, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        losses = np.concatenate(scorer.per_token(params, self.rows, label=self.name)).astype(np.float64)
+        loss = math.fsum(losses) / len(losses)
+        scores = {"loss": loss, "ppl": perplexity(loss)}
+        if self.token_bytes is not None:
+            targets = np.concatenate([row.tokens[1:] for row in self.rows])
+            known = np.pad(self.token_bytes, (0, max(0, int(targets.max()) + 1 - len(self.token_bytes))))
+            count = known[targets]
+            if count.any():
+                scores["bpb"] = math.fsum(losses[count > 0]) / (math.log(2) * int(count.sum()))
+        return scores
+
+
+def validation(corpus: Corpus, block_size: int, token_bytes: Int[np.ndarray, " vocab"] | None = None) -> Validation:
+    """The task of a split; token_bytes: of its tokenizer."""
     starts = range(0, len(corpus) - 1, block_size)
     rows = [Row(corpus.read(np.array([i]), min(block_size + 1, len(corpus) - i))[0], 1) for i in starts]
-
-    def summarize(scores: Scores) -> dict[str, float]:
-        loss = math.fsum(scores.loss) / int(scores.count.sum())
-        return {"loss": loss, "ppl": perplexity(loss)}
-
-    return Task("val", rows, summarize)
+    return Validation("val", rows, token_bytes)
 
 
 class Item(NamedTuple):
@@ -161,7 +182,7 @@ def _records(file: str, dataset: str, subset: str | None, split: str) -> list[An
         raise UserError(f"{what} ({first_line(error)}); name a .jsonl or .jsonl.gz file: TASK=FILE") from None
 
 
-def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
+def open_validation(model: OpenedModel, data_dir: str | None) -> Validation:
     """The validation split in data_dir, by default the one of a run."""
     if not data_dir and model.weights:
         raise UserError(f"which corpus? {model.source} comes without one: add --data_dir=FOLDER with its val.bin")
@@ -178,4 +199,8 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Task:
     cache = Cache(model.run_config.data_cache, model.run_config.data_cache_gb)
     corpus = Corpus.open(folder, "val", block_size=1, vocab_size=model.config.vocab_size, cache=cache)
     model.check_corpus(corpus.meta)
-    return validation(corpus, model.config.block_size)
+    try:
+        lengths = token_bytes(model.tokenizer)
+    except UserError:  # nothing turns its ids into text
+        lengths = None
+    return validation(corpus, model.config.block_size, lengths)
