@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -334,6 +335,10 @@ def test_sizes_that_do_not_divide(tiny_config, capsys):
     assert "kernel of shape (12, 3, 12) cannot be split: 12 / mesh_fsdp=8 leaves 4" in capsys.readouterr().err
     assert dry_run(tiny_config(mesh_fsdp=3), 0) == 2
     assert "do not multiply to the 8 devices found" in capsys.readouterr().err
+
+
+def test_the_table_of_one_card_is_that_of_its_script():
+    assert runpy.run_path(str(ROOT / "scripts" / "plan_card"))["table"]({}) in (ROOT / "docs" / "plan.md").read_text()
 
 
 def test_the_tables_of_the_plan_are_those_of_its_script():

@@ -129,7 +129,7 @@ def test_validation_loss_equals_transformers(trained, scorer, kind):
 
 
 def test_bits_per_byte(trained, scorer, model, tmp_path):
-    """The nats of the targets that are text, over the bytes of that text, which the library decodes; eot is left out."""
+    """The nats of the targets that are text, over the bytes of that text, as the library decodes it."""
     tokens = trained.held_out.copy()
     tokens[100:3000:97] = 0  # ends of documents
     tokens.tofile(tmp_path / "val.bin")
