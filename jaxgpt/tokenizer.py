@@ -163,34 +163,63 @@ class GPT2Tokenizer(Tokenizer):
     def meanings(self) -> list[Meaning]:
         return [self._bpe.decode_single_token_bytes(i) for i in range(self.vocab_size)]
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Known: tiktoken has checked its files' digests."""
+        return GPT2_IDENTITY
+
 
 class FastGPT2Tokenizer(GPT2Tokenizer):
     """The same ids of corpora by gigatoken, some ten times as fast. UserError where it is not installed."""
 
-    # gigatoken 0.10 keeps every word that it has met, about 8 bytes for each byte of random words: it is made anew
-    # (0.05 s) after so many characters, which bounds it at some 400 MB. Prose takes 25 MB.
-    RENEW_AFTER = 48 << 20
+    # gigatoken 0.10 keeps every word that it has met, about 8 bytes for each byte of random words, and prose's 25 MB,
+    # whose first 50 MB take it three times as long as the next: it is made anew (0.05 s) where memory has grown by so
+    # many bytes
+    RENEW_AFTER = 300 << 20
+    LOOK_EVERY = 4 << 20  # characters; what comes between two looks adds at most 8 bytes for each
 
     def __init__(self):
         super().__init__()
         self._library = optional("gigatoken", "jaxgpt[fast]", "--fast")
-        self._left, self._fast = 0, None  # characters until it is made anew
-        tokens = map(self._bpe.decode_single_token_bytes, range(self.vocab_size - 1))  # ordinary text never becomes eot
-        self._ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+        self._fast, self._met, self._look_at, self._least = None, 0, 0, 0  # characters since it was made; least memory
 
     def encode_array(self, text: str, before: str = "", after: str = "") -> UInt[np.ndarray, " n"]:
-        if self._fast is None or self._left <= 0:
-            self._fast = None  # its memory goes before the next takes some
-            self._left = self.RENEW_AFTER
-            with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file alone
-                path = Path(folder, "gpt2.tiktoken")
-                path.write_bytes(self._ranks)
-                self._fast = self._library.Tokenizer.from_tiktoken(path, "gpt2", {}).backend
-        self._left -= len(text)
+        if self._fast is None or self._met >= self._look_at:
+            self._renew()
+        self._met += len(text)
         try:
             return self._fast.encode(text)
         except TypeError:  # a lone surrogate
             return super().encode_array(text)
+
+    def _renew(self) -> None:
+        memory = own_memory()
+        self._least = min(self._least, memory or 0)
+        grown = 8 * self._met if memory is None else memory - self._least
+        if self._fast is None or grown > self.RENEW_AFTER:
+            self._fast = None  # its memory goes before the next takes some
+            self._fast, self._met, self._least = self._make(), 0, own_memory() or 0
+        self._look_at = self._met + self.LOOK_EVERY
+
+    def _make(self) -> Any:
+        with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file alone
+            path = Path(folder, "gpt2.tiktoken")
+            path.write_bytes(self._ranks)
+            return self._library.Tokenizer.from_tiktoken(path, "gpt2", {}).backend
+
+    @functools.cached_property
+    def _ranks(self) -> bytes:
+        tokens = map(self._bpe.decode_single_token_bytes, range(self.vocab_size - 1))  # ordinary text never becomes eot
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+
+
+def own_memory() -> int | None:
+    """Bytes of memory that this process has for itself; None where nothing tells, as on Windows and macOS."""
+    try:
+        resident, shared = map(int, Path("/proc/self/statm").read_bytes().split()[1:3])
+    except OSError:
+        return None
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 class JsonTokenizer(Tokenizer):

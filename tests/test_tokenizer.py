@@ -204,13 +204,23 @@ def fast(gpt2_files) -> FastGPT2Tokenizer:
 
 
 def test_the_fast_tokenizer_is_made_anew(fast, monkeypatch):
-    """After so many characters, and it goes on with the same tokens."""
-    monkeypatch.setattr(FastGPT2Tokenizer, "RENEW_AFTER", 50)
-    fast._left, before = 0, fast._fast
-    for text in (PROSE, "short", PROSE):
-        assert fast.encode_array(text).tolist() == gpt2().encode(text)
-        assert fast._fast is not before
-        before = fast._fast if fast._left <= 0 else None
+    """Where memory has grown by so much, or may have where nothing tells; and it goes on with the same tokens."""
+    monkeypatch.setattr(FastGPT2Tokenizer, "RENEW_AFTER", 10_000)
+    monkeypatch.setattr(FastGPT2Tokenizer, "LOOK_EVERY", 50)
+    fast._fast = None
+    for memory, text, anew in (
+        (5_000, PROSE, True),
+        (14_000, PROSE, False),
+        (2_000, PROSE, False),
+        (12_001, PROSE, True),
+        (None, "", False),
+        (None, 40 * PROSE, False),
+        (None, PROSE, True),
+    ):
+        monkeypatch.setattr("jaxgpt.tokenizer.own_memory", lambda memory=memory: memory)
+        before = fast._fast
+        assert fast.encode_array(text).tolist() == gpt2().encode_array(text).tolist()
+        assert (fast._fast is not before) == anew, (memory, text)
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.raises(UserError, match=r"--fast needs gigatoken; run: pip install 'jaxgpt\[fast\]'"):
         FastGPT2Tokenizer()
@@ -455,7 +465,7 @@ def test_one_vocabulary_in_several_forms(gpt2_files, tmp_path):
     bpe = tokenizers.ByteLevelBPETokenizer(vocab, [tuple(line.split()) for line in merges if line])
     bpe.add_special_tokens(["<|endoftext|>"])
     theirs = loaded(tmp_path, bpe.to_str())
-    assert gpt2().identity == theirs.identity == GPT2_IDENTITY == Meta(50304).identity
+    assert identity_of(gpt2().meanings()) == gpt2().identity == theirs.identity == GPT2_IDENTITY == Meta(50304).identity
     by_id = sorted(vocab, key=vocab.__getitem__)
     assert identity_of([byte_level(token) for token in by_id]) == GPT2_IDENTITY  # from vocab.json alone
 
