@@ -131,7 +131,8 @@ def test_validation_loss_equals_transformers(trained, scorer, kind):
 def test_bits_per_byte(trained, scorer, model, tmp_path):
     """The nats of the targets that are text, over the bytes of that text, as the library decodes it."""
     tokens = trained.held_out.copy()
-    tokens[100:3000:97] = 0  # ends of documents
+    whole = [i for i in range(100, 3000, 97) if "\ufffd" not in trained.bpe.decode(tokens[i : i + 1].tolist())]
+    tokens[whole] = 0  # ends of documents, none of them inside a character
     tokens.tofile(tmp_path / "val.bin")
     losses = [trained.losses(tokens[i : i + BLOCK + 1])[0] for i in range(0, len(tokens) - 1, BLOCK)]
     is_text = tokens[1:] != 0
