@@ -16,7 +16,7 @@ from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from jaxgpt import Unavailable, UserError
 from jaxgpt.run import digests, launchers, processes
 from jaxgpt.run.launchers import count_gpus, find_cluster
-from jaxgpt.run.processes import Processes, agree
+from jaxgpt.run.processes import Processes, agree, least
 
 LAUNCHERS = ("JAX_", "OMPI_", "PMIX_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "TORCHELASTIC_", "JOB_COMPLETION")
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
@@ -184,6 +184,25 @@ def test_a_plain_machine_is_alone(connect, monkeypatch):
         agree("anything", {"a": 1})
     with pytest.raises(KeyError), Processes():
         raise KeyError
+
+
+def test_the_least_of_all_processes_values(monkeypatch):
+    """This is process 1 of two; the coordinator's store holds what process 0 gave, or not yet."""
+    held = {"jaxgpt/least/memory/0": "5", "jaxgpt/least/room/0": "-1"}
+
+    def get(name, timeout_ms):
+        if name not in held:
+            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: no {name} within {timeout_ms} ms")
+        return held[name]
+
+    assert least("memory", 7) == 7
+    client = SimpleNamespace(key_value_set=held.__setitem__, blocking_key_value_get=get)
+    monkeypatch.setattr(processes, "joined", SimpleNamespace(client=client, process_id=1, num_processes=2))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert least("memory", 7) == 5 and held["jaxgpt/least/memory/1"] == "7"
+    assert least("room", True) == -1
+    with pytest.raises(Unavailable, match="for all processes to agree on late; see which is late"):
+        least("late", 3)
 
 
 @pytest.mark.parametrize("visible, gpus", [("", 0), ("0", 1), ("2,3", 2), ("GPU-8932f937,MIG-1", 2)])

@@ -249,7 +249,7 @@ def least(topic: str, value: int) -> int:
     client, limit_ms = joined.client, int(1000 * start_timeout())
     key = f"jaxgpt/least/{topic}"
     try:
-        client.key_value_set(f"{key}/{joined.process_id}", str(value))
+        client.key_value_set(f"{key}/{joined.process_id}", str(int(value)))
         return min(int(client.blocking_key_value_get(f"{key}/{i}", limit_ms)) for i in range(joined.num_processes))
     except jax.errors.JaxRuntimeError as error:
         raise _late(error, topic, limit_ms) from None
