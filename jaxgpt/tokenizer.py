@@ -181,7 +181,8 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
     def __init__(self):
         super().__init__()
         self._library = optional("gigatoken", "jaxgpt[fast]", "--fast")
-        self._fast, self._met, self._look_at, self._least = None, 0, 0, 0  # characters since it was made; least memory
+        self._fast: Any = None
+        self._met, self._look_at, self._least = 0, 0, 0  # characters since it was made; least memory
 
     def encode_array(self, text: str, before: str = "", after: str = "") -> UInt[np.ndarray, " n"]:
         if self._fast is None or self._met >= self._look_at:
