@@ -83,8 +83,9 @@ def try_compile(lowered: Any, state: TrainState) -> tuple[Any, Need | None]:
         beside = re.search(r"HLO temporaries \(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)([MG])\)", str(error))
         if not (found := used or beside):
             raise
-        held, (size, limit) = bytes_per_device(state), (
-            int(float(x) * 2 ** (30 if unit == "G" else 20)) for x, unit in (found.groups()[:2], found.groups()[2:])
+        held, (size, limit) = (
+            bytes_per_device(state),
+            (int(float(x) * 2 ** (30 if unit == "G" else 20)) for x, unit in (found.groups()[:2], found.groups()[2:])),
         )
         return None, Need(held, max(0, size - held) if used else size, limit)
     return compiled, need_of(compiled)
