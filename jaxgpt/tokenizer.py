@@ -186,21 +186,23 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
 
     def encode_array(self, text: str, before: str = "", after: str = "") -> UInt[np.ndarray, " n"]:
         if self._fast is None or self._met >= self._look_at:
-            self._renew()
+            self._fast = self._renewed()
         self._met += len(text)
         try:
             return self._fast.encode(text)
         except TypeError:  # a lone surrogate
             return super().encode_array(text)
 
-    def _renew(self) -> None:
+    def _renewed(self) -> Any:
         memory = own_memory()
         self._least = min(self._least, memory or 0)
         grown = 8 * self._met if memory is None else memory - self._least
         if self._fast is None or grown > self.RENEW_AFTER:
             self._fast = None  # its memory goes before the next takes some
-            self._fast, self._met, self._least = self._make(), 0, own_memory() or 0
+            self._fast = self._make()
+            self._met, self._least = 0, own_memory() or 0
         self._look_at = self._met + self.LOOK_EVERY
+        return self._fast
 
     def _make(self) -> Any:
         with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file alone
