@@ -474,7 +474,7 @@ def test_killed_processes_go_on_from_a_store(tmp_path):
     loader = importlib.machinery.SourceFileLoader("faults", str(Path(__file__).parents[1] / "scripts" / "faults"))
     faults = importlib.util.module_from_spec(importlib.util.spec_from_loader("faults", loader))
     loader.exec_module(faults)
-    faults.store(tmp_path, times=1, steps=60, every=20, only="processes", schemes="s3", seed=1)
+    faults.store(tmp_path, times=1, steps=120, every=20, only="processes", schemes="s3", seed=1)
 
 
 # --- corpora ---
