@@ -19,6 +19,8 @@ import errno
 import importlib
 import json
 import os
+import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,16 @@ if TYPE_CHECKING:
 __all__ = ["GPT", "GPTConfig", "UserError", "generate", "load_model"]
 
 __version__ = "0.2.0"
+
+
+def die_by_interrupt() -> None:
+    """From now on Ctrl-C ends the process at once, without a traceback: before and after `cli.run_main`'s work."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or somebody's own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if sys.argv[:1] == ["-m"]:  # python -m jaxgpt.…, whose imports take seconds
+    die_by_interrupt()
 
 
 class UserError(Exception):

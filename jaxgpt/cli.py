@@ -6,6 +6,7 @@ import difflib
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from jaxgpt import UserError, console, user_error
+from jaxgpt import UserError, console, die_by_interrupt, user_error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -82,6 +83,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     This is the one place that does so, but for several processes: see Processes.
     """
     console.prepare()
+    if alone := signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by die_by_interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(ValueError, RuntimeError):  # a stderr that is no file; none
         faulthandler.enable()  # SIGBUS, where a file that is read was cut short meanwhile; a crash in a library
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
@@ -98,6 +101,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         else:
             console.complain(f"error: {' '.join(str(problem).split())}")
         status = 1 if problem is None else problem.status
+    if alone:
+        die_by_interrupt()
     console.settle()
     if status:
         threading.Thread(target=_end_in_time, args=(status,), daemon=True).start()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,25 @@ def test_all_three_closed(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "jaxgpt.sample"], ["-m", "jaxgpt.train"], ["jaxgpt-sample"], ["-c", PROGRAM, "wait()"]]
+)
+def test_ctrl_c_prints_nothing(command, tmp_path):
+    """While libraries are imported, by either name of an entry point, and later."""
+    waiting = "import time; print('there', flush=True); time.sleep(60)"
+    (tmp_path / "jax.py").write_text(waiting)
+    (tmp_path / "jaxgpt-sample").write_text("from jaxgpt.__main__ import main\nmain()\n")  # as pip makes it
+    command = [x.replace("wait()", f"exec({waiting!r})") for x in command]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    kinds = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *command], env=env, **kinds)
+    while process.stdout.readline() != "there\n":  # pyright: ignore
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode in (-signal.SIGINT, 130)
 
 
 def test_an_encoding_without_the_letter():

@@ -229,16 +229,25 @@ def test_processes_that_differ_end_before_the_first_step(pair, token_folder, tmp
 
 
 def test_a_killed_and_a_stopped_process_end_the_others(pair, token_folder, tmp_path):
-    """The stopped one cannot end; it is missed by its heartbeats. The other pair have a copy of the data each."""
+    """The stopped one cannot end; it is missed by its signs of life. Where all are stopped, none is missed. One pair
+    have a copy of the data each."""
     own = shutil.copytree(token_folder, tmp_path / "own data")
-    killed, stopped = pair("killed", f"--config.data_dir={own}"), pair("stopped")
-    for each, number in (killed, signal.SIGKILL), (stopped, signal.SIGSTOP):
+    killed, stopped, suspended = pair("killed", f"--config.data_dir={own}"), pair("stopped"), pair("suspended")
+    for each in (killed, stopped, suspended):
         each.wait_for_steps()
-        each.processes[1].send_signal(number)
-    assert stopped.end(0, within=LIMIT_S) != [0]
-    assert "stopped sending heartbeats" in stopped.said(0), stopped.said(0)
-    assert killed.end(0, within=LIMIT_S) != [0]
-    assert re.search("another process went away|stopped sending heartbeats", killed.said(0)), killed.said(0)
+    for process in suspended.processes:
+        process.send_signal(signal.SIGSTOP)
+    killed.processes[1].send_signal(signal.SIGKILL)
+    stopped.processes[1].send_signal(signal.SIGSTOP)
+    silent = "error: process 1 on .* gave no sign of life for 40 s: it was killed, stopped or cut off\n"
+    assert stopped.end(0, within=LIMIT_S) == [76] and re.fullmatch(silent, stopped.said(0)), stopped.said(0)
+    assert killed.end(0, within=LIMIT_S) == [76]
+    assert re.search("another process went away", killed.said(0)), killed.said(0)
+    for process in suspended.processes:  # stopped for more than 40 s
+        process.send_signal(signal.SIGCONT)
+    time.sleep(5)
+    suspended.processes[0].send_signal(signal.SIGTERM)
+    assert suspended.end(0, 1, within=LIMIT_S) == [75, 75], (suspended.said(0), suspended.said(1))
 
 
 def test_a_process_that_nobody_joins_says_where_it_waited(preset, tmp_path):

@@ -19,7 +19,7 @@ from jaxgpt.cli import run_main
 from jaxgpt.config import read_config, resolve
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.step import abstract_state
-from jaxgpt.train import choose_steps_per_call, main
+from jaxgpt.train import choose_steps_per_call, main, train
 
 CPU = f"{Path(__file__).parents[1] / 'configs' / 'shakespeare_char.py'}:cpu"
 TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.2, batch_size=1, gradient_accumulation_steps=8)
@@ -466,6 +466,12 @@ MISTAKES = {
     "a rate that overflows": (lambda m: m.run(learning_rate=1e300, min_lr=0), "learning_rate=1e+300"),
     "no such weights": (lambda m: m.run(init_from="nowhere"), "nowhere is neither gpt2, gpt2-medium"),
 }  # fmt: skip
+
+
+def test_a_step_that_may_not_be_compiled_is_refused_before_anything_is_written(tiny_config, tmp_path):
+    with jax.disable_jit(), pytest.raises(UserError, match="JAX_DISABLE_JIT is set"):
+        train(tiny_config(out_dir=str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -22,7 +22,8 @@ from jax.experimental import multihost_utils
 
 from jaxgpt import FULL, Unavailable, UserError, atomic_write, from_json, store
 from jaxgpt.console import complain
-from jaxgpt.run import sentinel
+from jaxgpt.run import processes, sentinel
+from jaxgpt.run.clock import RunClock
 from jaxgpt.run.processes import LAST_ACTS, LAUNCHER, LINGER_S, joined
 
 try:
@@ -38,7 +39,6 @@ FOREVER_MS = 10**12
 SHARED_S = 10.0  # how long a network file system may take to show another host's new file
 LOCK_HELD_GRACE_S = 30.0  # beyond the timeout, where no thread of Python can run: compilations have held it for 10 s
 REPEAT_S = 1.0  # a signal repeated within it is the same wish: a launcher and a process group deliver it twice
-SUSPENDED_S = 1.0  # a thread that wakes so much too late was stopped, with its process or the whole machine
 
 
 class Exit(enum.IntEnum):
@@ -49,7 +49,7 @@ class Exit(enum.IntEnum):
     USER_ERROR = 2  # one line, `error: …`; starting it again changes nothing
     UNAVAILABLE = 69  # likewise, but it may pass: a full disk, a folder in use, a late host (EX_UNAVAILABLE)
     STOPPED = 75  # by a signal, saved: start it again with init_from=auto (EX_TEMPFAIL of sysexits.h)
-    STALLED = 76  # no step within stall_timeout: start it again with init_from=auto
+    STALLED = processes.STALLED  # no step within stall_timeout, or a process lost: start it again with init_from=auto
     DIVERGED = 77  # max_bad_steps non-finite steps in a row
 
 
@@ -295,7 +295,7 @@ class Watchdog:
     """
 
     def __init__(self, timeout: float):
-        self._timeout, self._not_run = timeout, 0.0  # seconds, seconds
+        self._timeout, self._clock = timeout, RunClock()  # seconds
         self.beat()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -315,40 +315,32 @@ class Watchdog:
             if self._sentinel:
                 self._sentinel.close()
 
-    def _clock(self) -> float:
-        """Seconds for which this process has run, from some moment on."""
-        return time.monotonic() - self._not_run
-
     def beat(self) -> None:
         """A step finished."""
-        self._deadline, self._what = self._clock() + self._timeout, "step"
+        self._deadline, self._what = self._clock.now() + self._timeout, "step"
 
     @contextlib.contextmanager
     def allow(self, what: str, seconds: float) -> Iterator[None]:
         """Within it, `what` may take `seconds` (or `timeout`, if that is more) without a finished step."""
-        self._deadline, self._what = self._clock() + max(seconds, self._timeout), what
+        self._deadline, self._what = self._clock.now() + max(seconds, self._timeout), what
         yield
         self.beat()
         self._tell_sentinel()  # of the nearer deadline, before anything holds the interpreter's lock
 
     def _tell_sentinel(self) -> None:
         """Where something keeps the interpreter's lock, this thread is stuck too, and the sentinel ends the run."""
-        left = max(0.0, self._deadline - self._clock()) + LOCK_HELD_GRACE_S
+        left = max(0.0, self._deadline - self._clock.now()) + LOCK_HELD_GRACE_S
         if self._sentinel:
             self._sentinel.allow(left, self._what, self._thread)
         elif self._timeout:  # there the status is 1, and time for which the process was stopped counts
             faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or 2)
 
     def _watch(self) -> None:
-        while (left := self._deadline - self._clock()) >= 0:
+        while (left := self._deadline - self._clock.now()) >= 0:
             self._tell_sentinel()
-            wait, began = min(left, self._timeout / 4, 10.0), time.monotonic()
-            if self._ended.wait(wait):
+            if self._clock.wait(self._ended, min(left, self._timeout / 4, 10.0)):
                 faulthandler.cancel_dump_traceback_later()
                 return
-            late = time.monotonic() - began - wait
-            if late > SUSPENDED_S:
-                self._not_run += late
         complain(f"watchdog: no {self._what} finished in time; every thread's stack:")
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         if jax.distributed.is_initialized():

@@ -1,8 +1,9 @@
 """The processes of a run: they connect, compare their settings before the first step, and end together.
 
 jax.distributed connects them; process 0 runs its coordinator, a key-value store. A process that fails publishes the
-cause there; the others poll for it and exit. A process that goes silent (killed, stopped, cut off) misses its
-heartbeats, upon which jax.distributed ends the others.
+cause there; the others poll for it and exit. At each poll a process gives a sign of life, by a Python thread; one that
+gives none for a while (killed, stopped, cut off) is lost, and the others exit. Time for which the observer itself did
+not run does not count: processes that are all stopped, or whose machine is suspended, go on together.
 """
 
 import contextlib
@@ -27,15 +28,21 @@ from jax._src import clusters, distributed
 
 from jaxgpt import Unavailable, UserError, __version__, user_error
 from jaxgpt.console import complain, settle
+from jaxgpt.run.clock import RunClock
 from jaxgpt.run.launchers import find_cluster
 
 joined: Any = distributed.global_state  # its client, the only way to the coordinator's keys, has no public name
 
-HEARTBEAT_TIMEOUT_S = 40  # a silent process is given up after this: all others end within a minute
-POLL_S = 1.0  # how often a process asks whether another one failed
+SILENT_S = 40.0  # a silent process is given up after this: all others end within a minute
+HEARTBEAT_S = 10**6  # of JAX's own heartbeats, which count time for which all were stopped: 11 days, out of the way
+POLL_S = 1.0  # how often a process asks whether another one failed, and gives its sign of life
 LINGER_S = 3.0  # the delay before an exit that takes the coordinator along: three polls, for the others to learn why
-PEER_GONE = r"(closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe"  # in errors of collectives, where a peer is gone
+STALLED = 76  # the exit status where a process is lost, as where no step is finished: see guard.Exit
+# in errors of gloo's and NCCL's collectives, where a peer is gone
+PEER_GONE = r"(closed|reset) by peer|[Ss]ocket closed|[Bb]roken pipe|remote process exited"
 FAILURE = "jaxgpt/failure"  # the key of the first failure's cause
+ALIVE = "jaxgpt/alive"  # the folder of keys with the processes' signs of life: a host's name and a count, or LEFT
+LEFT = "left"  # of a process that is done and waits for the others, or is no more
 LAUNCHER = "JAXGPT_LAUNCHER_PIPE"  # of scripts/launch_local: a pipe that closes when the launcher ends, however it ends
 LAST_ACTS: list[Callable[[], None]] = []  # cleanup before os._exit, which another process's failure may lead to
 # JAX's settings that change results
@@ -58,8 +65,9 @@ class Processes:
     """
 
     def __init__(self):
-        self._left, self._ending = threading.Event(), threading.Lock()
-        self._watcher = threading.Thread(target=self._watch, name="processes", daemon=True)
+        self._left, self._ending, self._clock = threading.Event(), threading.Lock(), RunClock()
+        self._heard: dict[int, tuple[str, float]] = {}  # each watched one's last sign, and when
+        self._threads = [threading.Thread(target=x, name="processes", daemon=True) for x in (self._poll, self._watch)]
         self._several = False
 
     def __enter__(self) -> "Processes":
@@ -67,7 +75,10 @@ class Processes:
         cluster = find_cluster()
         self._several = cluster is not None and _connect(cluster, start_timeout())
         if self._several:
-            self._watcher.start()
+            watched = range(1, joined.num_processes) if joined.process_id == 0 else [0]
+            self._heard = dict.fromkeys(watched, ("", self._clock.now()))
+            for thread in self._threads:
+                thread.start()
             if joined.process_id > 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 logging.disable(logging.WARNING)
@@ -79,26 +90,51 @@ class Processes:
             return
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self._left.set()
-            self._watcher.join()
+            for thread in self._threads:
+                thread.join(SILENT_S)
         elif problem := user_error(error):
             self._end(problem.status, str(problem))
         elif re.search(PEER_GONE, str(error)) and not isinstance(error, OSError):  # that is a pipe of our own
-            self._end(1, f"another process went away: {error}")
+            self._end(STALLED, f"another process went away: {error}")
         else:
             self._end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}", error)
 
-    def _watch(self) -> None:
-        while not self._left.wait(POLL_S):
+    def _poll(self) -> None:
+        """Each second: a sign of life, the others' signs, and whether one of them failed. The coordinator may keep it
+        waiting for good, which `_watch` notices."""
+        client, count, left = joined.client, 0, False
+        while not left:
+            left, count = self._left.wait(POLL_S), count + 1
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key; or no coordinator: JAX ends us
-                joined.client.key_value_try_get(FAILURE)
-                self._end(1, "another process failed")
+                sign = LEFT if left else f"{socket.gethostname()} {count}"
+                client.key_value_set(f"{ALIVE}/{joined.process_id}", sign, allow_overwrite=True)
+                signs = client.key_value_dir_get(ALIVE) if joined.process_id == 0 else [("0", sign)]  # it answers
+                for process, sign in ((int(key.rpartition("/")[2]), sign) for key, sign in signs):
+                    if process in self._heard and self._heard[process][0] != sign:
+                        self._heard[process] = sign, self._clock.now()
+                if not left:
+                    client.key_value_try_get(FAILURE)
+                    self._end(1, "another process failed")
 
-    def _end(self, status: int, message: str, error: BaseException | None = None) -> None:
-        """Exits with the cause of the first failure: this one, unless another process has published its own."""
+    def _watch(self) -> None:
+        """Ends this process when another one is lost."""
+        while not self._clock.wait(self._left, POLL_S):
+            for process, (sign, at) in self._heard.items():
+                if sign != LEFT and self._clock.now() - at > SILENT_S:
+                    on = f" on {sign.partition(' ')[0]}" if sign and process else ""
+                    why = f"gave no sign of life for {SILENT_S:.0f} s: it was killed, stopped or cut off"
+                    self._end(STALLED, f"process {process}{on} {why}", publish=process > 0)
+
+    def _end(self, status: int, message: str, error: BaseException | None = None, publish: bool = True) -> None:
+        """Exits with the cause of the first failure: this one, unless another process has published its own.
+
+        publish: False where the coordinator does not answer.
+        """
         self._ending.acquire()  # for good
         cause = [joined.process_id, socket.gethostname(), status, " ".join(message.split())]
         try:
-            joined.client.key_value_set(FAILURE, json.dumps(cause))
+            if publish:
+                joined.client.key_value_set(FAILURE, json.dumps(cause))
         except jax.errors.JaxRuntimeError:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
                 cause = json.loads(joined.client.key_value_try_get(FAILURE))
@@ -152,7 +188,7 @@ def _connect(cluster: dict[str, Any], timeout: float) -> bool:
             **known,
             cluster_detection_method="deactivate",
             initialization_timeout=int(timeout) + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
         )
         return True
     except (RuntimeError, ValueError, LookupError, OSError) as error:
