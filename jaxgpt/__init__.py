@@ -158,6 +158,23 @@ def from_json(text: str | bytes) -> Any:
 
 
 @contextlib.contextmanager
+def output(path: Path) -> Iterator[BinaryIO]:
+    """atomic_write for a path that the user named for output: a device, a pipe, /dev/stdout are written as they are.
+
+    There is nothing to replace there, and root's replacement would be a plain file in place of /dev/null.
+    """
+    opened = path.is_symlink() and path.parent.resolve().parts[1:2] in (("dev",), ("proc",))
+    if opened or (path.exists() and not path.is_file() and not path.is_dir()):
+        with open(path, "wb") as file:
+            yield file
+    elif path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    else:
+        with atomic_write(path) as file:
+            yield file
+
+
+@contextlib.contextmanager
 def atomic_write(path: Any) -> Iterator[BinaryIO]:
     """A binary file that appears under `path`, local or in a store, complete and synced, or not at all.
 

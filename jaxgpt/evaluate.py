@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import UserError, atomic_write, local_path
+from jaxgpt import UserError, local_path, output
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.run.processes import Processes
 from jaxgpt.scoring.scorer import Scorer
@@ -60,7 +60,7 @@ def write_losses(path: Path, tasks: Sequence[Task | Validation], scorer: Scorer,
     """Each scored token's loss. Every process computes them; the first writes."""
     decode = functools.cache(lambda token: model.tokenizer.decode([token]))
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(atomic_write(path)) if jax.process_index() == 0 else None
+        file = stack.enter_context(output(path)) if jax.process_index() == 0 else None
         for task in tasks:
             losses = scorer.per_token(model.params, task.rows, label=f"{task.name}, tokens")
             for i, (row, of_row) in enumerate(zip(task.rows, losses, strict=True)):
@@ -68,7 +68,10 @@ def write_losses(path: Path, tasks: Sequence[Task | Validation], scorer: Scorer,
                 rounded = [round(float(loss), 6) for loss in of_row]
                 record = {"task": task.name, "row": i, "tokens": tokens, "text": [decode(token) for token in tokens]}
                 if file:
-                    file.write(json.dumps(record | {"loss": rounded}, ensure_ascii=False).encode() + b"\n")
+                    file.write(
+                        json.dumps(record | {"loss": rounded}, ensure_ascii=False).encode(errors="backslashreplace")
+                        + b"\n"
+                    )
 
 
 if __name__ == "__main__":

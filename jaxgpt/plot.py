@@ -7,13 +7,14 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jaxgpt import UserError, from_json, local_path
+from jaxgpt import UserError, from_json, local_path, output
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.store import AnyPath, folder
 
@@ -49,10 +50,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--y", default="loss,lr", help="columns of metrics.jsonl, a panel each, with commas between")
     args = parser.parse(argv)
     figure = plot(*args.runs, x=args.x, y=[name for name in args.y.split(",") if name])
-    try:
-        figure.savefig(args.output, dpi=120)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot write {args.output}: {e}; choose another --output") from None
+    kind = args.output.suffix[1:] or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"cannot write {args.output}: {kind} is no format of figures; choose .png, .svg or .pdf")
+    with output(args.output) as file:
+        figure.savefig(file, format=kind, dpi=120)
     print(args.output)
 
 
@@ -126,6 +128,11 @@ def thin(xs: list[float], ys: list[float], points: int | None) -> tuple[list[flo
     return xs, ys
 
 
+def finite(value: Any) -> float | None:
+    """A number of a row; None if it is not finite, or beyond what axes can be drawn for."""
+    return None if value is None or not abs(float(value)) < 1e30 else float(value)
+
+
 def read_metrics(run: AnyPath) -> Rows:
     """The objects of a run's metrics.jsonl; a line still being written is left out. UserError if there are none."""
     path = run / "metrics.jsonl"
@@ -134,8 +141,8 @@ def read_metrics(run: AnyPath) -> Rows:
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            row = {key: value if value is None else float(value) for key, value in from_json(line).items()}
-            rows.append({"step": row.pop("step"), **row})
+            row = {key: finite(value) for key, value in from_json(line).items()}
+            rows.append({"step": float(row.pop("step")), **row})  # pyright: ignore  # None is none
         except (ValueError, TypeError, AttributeError, LookupError, OverflowError):
             if line.endswith(b"\n"):
                 raise UserError(f"{path}: line {number} is not of a run's metrics; remove it") from None

@@ -17,7 +17,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxgpt import UserError, __version__, atomic_write, from_json, local_path, store
+from jaxgpt import __version__, from_json, local_path, output, store
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import default_config, read_saved
 from jaxgpt.models import BUILT_IN
@@ -77,7 +77,7 @@ class Run:
             "last training loss": f"{losses[-1]:.4f}" if losses else "",
             "steps": f"{max(row['step'] for row in self.rows):,.0f} of {number(self.config.get('max_iters', '?'))}",
             "tokens": f"{tokens:,.0f}" if tokens else "",
-            "time": str(datetime.timedelta(seconds=round(seconds))) if seconds else "",
+            "time": str(datetime.timedelta(seconds=round(seconds))) if 0 < seconds < 1e13 else "",
             "median throughput": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else "",
         }
 
@@ -88,10 +88,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("-o", "--output", type=local_path, default=Path("report.html"), help="the page to write")
     args = parser.parse(argv)
     page = render([read_run(run, COLORS[i % len(COLORS)]) for i, run in enumerate(args.runs)])
-    if args.output.is_dir():
-        raise UserError(f"cannot write {args.output}: it is a folder; choose another --output")
-    with atomic_write(args.output) as f:
-        f.write(page.encode())
+    with output(args.output) as f:
+        f.write(page.encode(errors="backslashreplace"))  # half a surrogate pair, of a sample or a folder's name
     print(args.output)
 
 

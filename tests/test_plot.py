@@ -1,13 +1,16 @@
 """The plot of one or several runs, whole or still being written; and what is no run."""
 
+import contextlib
+import io
 import json
+import math
 import struct
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import UserError
+from jaxgpt import UserError, report
 from jaxgpt.plot import main, plot, read_metrics, thin
 
 ROWS = [{"step": 0, "train_loss": 4.0, "val_loss": 4.1, "val_ppl": 60.0}] + [
@@ -117,6 +120,27 @@ def test_what_is_no_run_is_one_line(tmp_path, content, message):
     assert not out.exists()
 
 
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["step", "loss", "val_loss", "lr", "wall_s", "tokens", "tokens_per_s", "val_ppl"]),
+            st.none() | st.floats() | st.integers() | st.sampled_from([1e308, 1e29, math.inf, 10**25]),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from(["step", "tokens", "seconds"]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+def test_any_numbers_are_drawn_or_one_line(tmp_path, rows, x):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, "loss": 1.0, **row}) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text('{"out_dir": "x"}')
+    with contextlib.suppress(UserError):
+        plot(tmp_path, x=x, y=["loss", "lr"]).savefig(io.BytesIO(), format="svg")
+    with contextlib.suppress(UserError):
+        report.render([report.read_run(tmp_path)])
+
+
 HOSTILE = [b"[" * 10**5, b'{"step": 1e400, "loss": 1}\n', b'{"step": 1, "loss": ' + b"9" * 999 + b"}\n"]
 
 
@@ -130,7 +154,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, content):
         assert "metrics.jsonl" in str(error)
 
 
-@pytest.mark.parametrize("out", ["no/such/folder/loss.png", "loss.docx", "folder.png"])
+@pytest.mark.parametrize("out", ["a/metrics.jsonl/loss.png", "loss.docx", "folder.png"])
 def test_where_it_cannot_be_written_is_one_line(tmp_path, out, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()

@@ -1,14 +1,17 @@
 """The page about runs: what it says, that it needs no network, and that any folder is a page or one line."""
 
+import fcntl
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import UserError
+from jaxgpt import UserError, output
 from jaxgpt.config import default_config
 from jaxgpt.report import main, read_run, render
 
@@ -133,3 +136,23 @@ def test_where_it_cannot_be_written_is_one_line(tmp_path):
     for out in (folder, folder / "config.json" / "report.html"):
         with pytest.raises(UserError, match="cannot write"):
             main([str(folder), "-o", str(out)])
+
+
+def test_what_is_no_file_is_written_not_replaced(tmp_path):
+    """/dev/null was a plain file once root had written a report there; a pipe and /dev/stdout are written through."""
+    folder, pipe, link = run(tmp_path / "a"), tmp_path / "pipe", tmp_path / "link"
+    (folder / "samples.jsonl").write_text('{"step": 1, "prompt": "", "text": "\\ud800"}\n')
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
+    main([str(folder), "-o", str(pipe)])
+    assert pipe.is_fifo() and b"\\ud800" in os.read(reader, 1 << 20)
+    with open(tmp_path / "opened", "wb") as file:
+        opened = Path(f"/proc/self/fd/{file.fileno()}")
+        with output(opened) as through:
+            through.write(b"x")
+        assert opened.is_symlink() and (tmp_path / "opened").read_bytes() == b"x"
+    link.symlink_to(tmp_path / "opened")
+    with output(link) as other:
+        other.write(b"y")
+    assert not link.is_symlink() and (tmp_path / "opened").read_bytes() == b"x", "no other link is followed"
