@@ -139,7 +139,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
     given: what the command line says, which a run that goes on takes over; None: all of the config.
     """
     check_trackers(config)
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # pyright: ignore
         raise UserError("JAX_DISABLE_JIT is set, and a training step is compiled; unset it")
     mesh = configured_mesh(config)
     run = store.folder(config.out_dir)

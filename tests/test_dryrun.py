@@ -109,6 +109,12 @@ def test_names_of_no_devices(text, message):
         slices.parse(text)
 
 
+@pytest.mark.parametrize("count", [-1, 2**17 + 1, 10**400])
+def test_a_number_that_is_none_of_devices(tiny_config, count):
+    with pytest.raises(UserError, match="is no number of devices, 1 to 131,072"):
+        dry_run(tiny_config(), count)
+
+
 def test_every_kind_has_its_figures():
     for kind in (slices.TPUS | slices.GPUS).values():
         device = SimpleNamespace(device_kind=kind)

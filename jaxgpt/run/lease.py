@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import Unavailable, UserError, user_error
+from jaxgpt import Unavailable, UserError, from_json, user_error
 from jaxgpt.run.guard import LOCK, RunLock
 from jaxgpt.run.processes import agree
 from jaxgpt.store import ABSENT, AnyPath, StorePath
@@ -119,7 +119,7 @@ class Lease(RunLock):
             self._generation = ABSENT
             return None
         try:
-            found = json.loads(content)
+            found = from_json(content)
             return {"holder": str(found["holder"]), "seconds": float(found["seconds"])}, self._generation
         except (ValueError, TypeError, LookupError):
             return {"holder": "another process", "seconds": self._seconds}, self._generation
@@ -162,7 +162,7 @@ class Lease(RunLock):
         """Whether what is there is an earlier write of ours whose answer was lost."""
         try:
             content, generation = self._path.get()
-            ours = json.loads(content).get("id") == self._id["id"]
+            ours = from_json(content).get("id") == self._id["id"]
         except (FileNotFoundError, ValueError, AttributeError):
             return False
         if ours:

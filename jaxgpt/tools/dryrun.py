@@ -39,6 +39,7 @@ from jaxgpt.tools.memory import (
 from jaxgpt.weights.opening import check_data, open_data, open_weights
 
 GPUS_PER_HOST = 8  # of described hosts
+MOST_DEVICES = 2**17  # more than any program has run on; what XLA cannot count ends the process
 
 
 def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] = ()) -> int:
@@ -50,6 +51,8 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
     """
     if jax.distributed.is_initialized():
         raise UserError("dry_run describes all devices by itself; run it in one process")
+    if not isinstance(devices, str) and not 0 <= devices <= MOST_DEVICES:
+        raise UserError(f"dry_run={str(devices)[:20]} is no number of devices, 1 to {MOST_DEVICES:,}")
     problems: list[str] = []
 
     def attempt(f: Callable[[], Any]) -> Any:
