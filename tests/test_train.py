@@ -383,6 +383,12 @@ class Mistakes:
         path.write_text("{}")
         return self.run()
 
+    def piped(self, name):
+        """The command line for a folder in which this name is a pipe's."""
+        (self.folder / "out" / "run").mkdir(parents=True)
+        os.mkfifo(self.folder / "out" / "run" / name)
+        return self.run()
+
     def linked(self, name):
         """The command line for a folder in which a link of this name leads nowhere."""
         (self.folder / "out" / "run").mkdir(parents=True)
@@ -453,6 +459,8 @@ MISTAKES = {
     "checkpoints that are a link to nowhere": (lambda m: m.linked("checkpoints"), "checkpoints is no folder"),
     "metrics that are a folder": (lambda m: m.holding("metrics.jsonl/x"), "metrics.jsonl cannot be read: Is a direct"),
     "a schedule beyond int32": (lambda m: m.run(lr_decay_iters=2**31), "lr_decay_iters=2147483648 must be below"),
+    "out_dir that TensorStore reads as a pattern": (lambda m: m.run(out_dir=m.folder / "a[1]"), "with [ in its path"),
+    "metrics that are a pipe": (lambda m: m.piped("metrics.jsonl"), "metrics.jsonl is a pipe; move it away"),
     "out_dir that is no text": (lambda m: m.run(out_dir="\udcff"), "out_dir='\\udcff' names no folder"),
     "a preset that asserts": (lambda m: m.preset("assert c.n_layer == 1"), "preset.py: AssertionError"),
     "a preset that raises": (lambda m: m.preset("raise RuntimeError('no such size')"), "preset.py: no such size"),

@@ -116,6 +116,9 @@ class Checkpoints:
         """
         self._lock, self._run = lock, run
         if isinstance(self.folder, Path):
+            if bad := set(str(self.folder.absolute())) & set("[]\\"):  # every save would fail
+                why = f"TensorStore finds no files in a folder with {min(bad)} in its path; choose another"
+                raise UserError(f"out_dir {self.folder.absolute().parent}: {why}")
             if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
                 raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
             if self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):

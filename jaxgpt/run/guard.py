@@ -119,6 +119,9 @@ class RunLock(contextlib.ExitStack):
     def starting(self) -> Iterator[None]:
         """Within it, an exception removes from the folder what was not there before: a failed start leaves nothing."""
         self._before = self._names()
+        for name in self._before or ():
+            if isinstance(self._path, Path) and (self._path.parent / name).is_fifo():  # who opens one waits for good
+                raise UserError(f"{self._path.parent / name} is a pipe; move it away")
         try:
             yield
         except BaseException:
