@@ -52,9 +52,10 @@ _to_json = functools.lru_cache(1)(_spec.to_json)
 _spec.to_json = lambda spec, include_defaults=False: copy.deepcopy(_to_json(spec, include_defaults))
 
 # Where one write of a save fails, Orbax closes its event loop; TensorStore's other writes then have none to report to,
-# and Python prints a traceback of each. The save has failed by the first, and been reported.
+# and Python prints a traceback of each; so it does of a loop that could not be made, for want of file descriptors. The
+# save has failed by the first, and been reported.
 _unraisable: Callable = sys.unraisablehook
-sys.unraisablehook = lambda x: None if str(x.exc_value) == "Event loop is closed" else _unraisable(x)
+sys.unraisablehook = lambda x: None if re.search("Event loop is closed|'_ssock'", str(x.exc_value)) else _unraisable(x)
 
 FORMAT = 2  # of the state's tree and of the record; 1, which says none, had unnamed optimizer states
 TMP = ".tmp"  # ends the name of a folder that is being written or removed, or that a kill left behind
