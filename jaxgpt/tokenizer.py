@@ -175,7 +175,7 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
     # gigatoken 0.10 keeps every word that it has met, about 8 bytes for each byte of random words, and prose's 25 MB,
     # whose first 50 MB take it three times as long as the next: it is made anew (0.05 s) where memory has grown by so
     # many bytes
-    RENEW_AFTER = 300 << 20
+    RENEW_AFTER = 160 << 20
     LOOK_EVERY = 4 << 20  # characters; what comes between two looks adds at most 8 bytes for each
 
     def __init__(self):

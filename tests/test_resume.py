@@ -221,7 +221,7 @@ OF_MUON = {
     "momentum_warmup_iters": 1,
     "cooldown": 0.9,
 }
-OF_THIS_START = {"out_dir", "init_from", "eval_only", "model_changed"}
+OF_THIS_START = {"auto_batch_size", "out_dir", "init_from", "eval_only", "model_changed"}
 
 
 def named(effect) -> list[str]:
