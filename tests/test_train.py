@@ -460,7 +460,7 @@ MISTAKES = {
     "metrics that are a folder": (lambda m: m.holding("metrics.jsonl/x"), "metrics.jsonl cannot be read: Is a direct"),
     "a schedule beyond int32": (lambda m: m.run(lr_decay_iters=2**31), "lr_decay_iters=2147483648 must be below"),
     "out_dir that TensorStore reads as a pattern": (lambda m: m.run(out_dir=m.folder / "a[1]"), "with [ in its path"),
-    "metrics that are a pipe": (lambda m: m.piped("metrics.jsonl"), "metrics.jsonl is a pipe; move it away"),
+    "a config.json that is a pipe": (lambda m: m.piped("config.json"), "config.json is a pipe; move it away"),
     "out_dir that is no text": (lambda m: m.run(out_dir="\udcff"), "out_dir='\\udcff' names no folder"),
     "a preset that asserts": (lambda m: m.preset("assert c.n_layer == 1"), "preset.py: AssertionError"),
     "a preset that raises": (lambda m: m.preset("raise RuntimeError('no such size')"), "preset.py: no such size"),

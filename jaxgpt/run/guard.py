@@ -119,9 +119,6 @@ class RunLock(contextlib.ExitStack):
     def starting(self) -> Iterator[None]:
         """Within it, an exception removes from the folder what was not there before: a failed start leaves nothing."""
         self._before = self._names()
-        for name in self._before or ():
-            if isinstance(self._path, Path) and (self._path.parent / name).is_fifo():  # who opens one waits for good
-                raise UserError(f"{self._path.parent / name} is a pipe; move it away")
         try:
             yield
         except BaseException:
@@ -155,6 +152,8 @@ class RunLock(contextlib.ExitStack):
                 if not path.exists():
                     self.callback(_quietly, path.rmdir)  # if it is still empty then
             folder.mkdir(parents=True, exist_ok=True)
+            if pipes := [path for path in folder.iterdir() if path.is_fifo()]:  # who opens one waits for good
+                return UserError(f"{pipes[0]} is a pipe; move it away")
             while fcntl:
                 with contextlib.ExitStack() as opened:
                     how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
