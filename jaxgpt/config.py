@@ -423,7 +423,9 @@ def read_config(folder: AnyPath, *, model: str = "", model_changed: bool = False
     if not isinstance(name, str) or not isinstance(source, str):
         raise UserError(f"{folder / 'config.json'} is damaged (model is {name!r}); restore it or start another run")
     if not model and source:
-        raise UserError(f"the run in {folder} is of the model file {name}, whose code is not run by itself; name it")
+        raise UserError(
+            f"the run in {folder} is of the model file {name}, whose code is not run by itself; name it: --model={name}"
+        )
     file = find_model(model or name)
     if bool(file.source) != bool(source) or not source and file.name != name:
         raise UserError(f"the run in {folder} has model={name}, not {file.name}; name the same model")
@@ -444,7 +446,12 @@ def read_config(folder: AnyPath, *, model: str = "", model_changed: bool = False
 def _first_difference(recorded: str, found: str) -> str:
     pairs = itertools.zip_longest(recorded.splitlines(True), found.splitlines(True), fillvalue="(end of the file)")
     number, (old, new) = next((i, pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
-    return f"line {number} was {old!r} and is {new!r}; put it back, or set model_changed=true to accept the new file"
+    if (ends := (old.rstrip("\r\n"), new.rstrip("\r\n")))[0] != ends[1]:
+        old, new = ends
+    return (
+        f"line {number} was {old!r} and is {new!r}; put it back, or accept the new file with "
+        "--model_changed (of train: --config.model_changed)"
+    )
 
 
 def resumed_config(

@@ -112,9 +112,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        raise UserError(
-            f"{keys} do not multiply to the {len(devices)} devices found; set one to -1 to take what is left"
-        )
+        how = f", which are no multiple of {known}" if -1 in sizes else "; set one to -1 to take what is left"
+        raise UserError(f"{keys} do not multiply to the {len(devices)} devices found{how}")
     # Auto: the compiler spreads shardings from the arrays to everything between them
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform != "tpu":
@@ -161,6 +160,8 @@ def partition_spec(name: str, shape: tuple[int, ...], role: Any, mesh: Mesh | Ab
     """How the parameter with this role (models.Role) is split: `tensor` where the role says, `fsdp`, for all but
     vectors, the first dimension that is free and divides evenly. Raises UserError where a dimension does not divide."""
     entries: list[str | None] = [None] * len(shape)
+    if role.tensor is not None and not -len(shape) <= role.tensor < len(shape):
+        raise UserError(f"ROLES: {role.pattern} has tensor={role.tensor}, but {name} only {len(shape)} dimensions")
     if role.tensor is not None and mesh.shape["tensor"] > 1:
         entries[role.tensor] = "tensor"
     if role.group != "vector" and mesh.shape["fsdp"] > 1:

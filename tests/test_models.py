@@ -313,6 +313,30 @@ def test_a_dry_run_describes_it(arguments, tmp_path, capfd):
     assert "parameters" in capfd.readouterr().out and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('Norm("layer",', 'Norm("rmsnorm",', "Norm has kind 'rmsnorm'; choose layer or rms"),
+        ('activation="gelu"', 'activation="swiglu"', "activation='swiglu' is not there; choose gelu, relu2"),
+        ("    def loss(", "    def the_loss(", "GPT has no loss; write it"),
+        ('"wte/embedding", "embedding", tensor=0', '"wte/embedding", "embedding", tensor=5', "wte/embedding has tensor=5"),
+        ("(y.reshape(batch, -1, c.n_head, c.head_size) for y in qkv)", "(y[:, : 12 * n].reshape(batch, -1, n, 12) "
+         "for y, n in zip(qkv, (4, 3, 3)))", "4 heads of queries cannot share 3 of keys"),
+    ],
+)  # fmt: skip
+def test_an_authors_mistake_is_one_line(tmp_path, old, new, message):
+    source = (Path(__file__).parents[1] / "jaxgpt" / "models" / "gpt2.py").read_text()
+    assert source.count(old) == 1
+    (tmp_path / "mine.py").write_text(source.replace(old, new))
+    config = default_config(str(tmp_path / "mine.py"))
+    config.update(n_layer=1, n_head=4, n_embd=48, block_size=16, batch_size=1, gradient_accumulation_steps=1)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match=message):
+        parts = resolve(config, mesh, VOCAB)
+        state = abstract_state(parts, mesh)
+        make_train_step(parts, mesh).lower(state, jax.ShapeDtypeStruct((1, 1, 1, 17), np.uint16))
+
+
 def changed(folder: Path) -> str:
     """A copy of the stranger's file with another norm's epsilon."""
     copy = folder / "stranger.py"

@@ -164,7 +164,7 @@ CHANGES = {
     "dataset": ("other", "dataset=other would not count: data_dir="),
     "data_dir": ("OTHER", "was trained on another corpus: train.bin was .* digest"),
     "doc_mask": (True, "doc_mask needs an end-of-text token"),
-    "optimizer": ("muon", "holds another model: opt_state"),
+    "optimizer": ("muon", "holds another optimizer's state: opt_state"),
     "matmul_dtype": ("fp8", "matmul_dtype=fp8 needs NVIDIA GPUs"),
     "attention": ("cudnn", "attention=cudnn needs an NVIDIA GPU"),
     "mesh_data": (4, "do not multiply to the 8 devices"),

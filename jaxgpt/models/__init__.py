@@ -320,7 +320,10 @@ def bind(config: ModelConfig, params: Params) -> Any:
         )
     state = jax.tree.map(lambda x: x, state)  # a copy
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
+    module = nnx.merge(graphdef, state)
+    if lacking := [name for name in ("hidden", "logits", "loss") if not hasattr(module, name)]:
+        raise UserError(f"model={config.file.name}: {type(module).__name__} has no {lacking[0]}; write it")
+    return module
 
 
 @functools.lru_cache(maxsize=8)  # over a second for 48 layers

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgpt import UserError
+
 SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -51,7 +53,11 @@ def supports(name: str) -> bool:
 
 
 def activate(h: Float[Array, "..."], name: str, *, kernels: bool = False) -> Float[Array, "..."]:
-    """The activation `name` (a key of ACTIVATIONS) of h, in h's dtype."""
+    """The activation `name` (a key of ACTIVATIONS) of h, in h's dtype. Raises UserError on another name."""
+    if name not in ACTIVATIONS:
+        raise UserError(
+            f"activation={name!r} is not there; choose {', '.join(ACTIVATIONS)}, or compute it from `linear`"
+        )
     return _activate(h, name, kernels and supports(name))
 
 

@@ -46,7 +46,10 @@ def attention(
     implementation: "cudnn", "splash" (splash.py) or "xla". rate: dropout of the attention weights, drawn from `seed`.
     docs: numbers the documents of each row; a token then sees its own document alone. window: it sees the last `window`
     tokens alone, itself included. scale: by default 1 / sqrt(H). kernels: use our dropout kernel if `supports` says so.
+    Raises UserError where N is no multiple of K.
     """
+    if q.shape[2] % k.shape[2]:
+        raise UserError(f"{q.shape[2]} heads of queries cannot share {k.shape[2]} of keys; make the first a multiple")
     if seed is None:
         rate = 0.0
     if implementation == "cudnn" and rate == 0.0:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from jaxgpt import UserError
 from jaxgpt.ops.launch import available, launch, load, store
 from jaxgpt.ops.paths import note
 
@@ -38,7 +39,12 @@ def supports() -> bool:
 def add_norm(
     x: Float[Array, "M C"], branch: Float[Array, "M C"] | None, norm: Norm, *, kernels: bool = False
 ) -> tuple[Float[Array, "M C"], Float[Array, "M C"]]:
-    """x + branch (x alone if that is None) and its normalization, both in x's dtype; statistics in float32."""
+    """x + branch (x alone if that is None) and its normalization, both in x's dtype; statistics in float32.
+
+    Raises UserError on another kind of norm.
+    """
+    if norm.kind not in ("layer", "rms"):
+        raise UserError(f"Norm has kind {norm.kind!r}; choose layer or rms")
     kernels = kernels and supports()
     note("norm", "kernel" if kernels else "plain")
     return _add_norm(x, branch, norm.scale, norm.bias, norm.kind, norm.eps, kernels)

@@ -345,7 +345,8 @@ class Checkpoints:
             leaves, treedef = _flat(state)
             return treedef.unflatten(arrays[path] for path in leaves), record["info"], step
         if other_model:
-            raise UserError(f"{self.folder} holds another model: {other_model}; give the settings it was trained with")
+            what = "another optimizer's state" if other_model.startswith("opt_state") else "another model"
+            raise UserError(f"{self.folder} holds {what}: {other_model}; give the settings it was trained with")
         if problems:
             raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(problems)}")
         raise UserError(f"no checkpoint{'' if isinstance(which, str) else f' {which}'} in {self.folder}; check out_dir")

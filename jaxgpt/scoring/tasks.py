@@ -192,6 +192,8 @@ def open_validation(model: OpenedModel, data_dir: str | None) -> Validation:
     folder, began = folders[0], read_saved(model.folder).get("environment") if not data_dir else None
     if isinstance(folder, Path) and not folder.exists() and isinstance(began, dict) and "folder" in began:
         folder = Path(began["folder"], folder)  # as it was named where the run was started
+    if data_dir and not folder.exists():
+        raise UserError(f"--data_dir={data_dir} is not there; name a folder with a val.bin")
     if not folder.exists():
         raise UserError(
             f"{model.source} was trained on {folder}, which is not there; add --data_dir=FOLDER of its corpus"
