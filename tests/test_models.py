@@ -319,7 +319,7 @@ def test_a_dry_run_describes_it(arguments, tmp_path, capfd):
         ('Norm("layer",', 'Norm("rmsnorm",', "Norm has kind 'rmsnorm'; choose layer or rms"),
         ('activation="gelu"', 'activation="swiglu"', "activation='swiglu' is not there; choose gelu, relu2"),
         ("    def loss(", "    def the_loss(", "GPT has no loss; write it"),
-        ('"wte/embedding", "embedding", tensor=0', '"wte/embedding", "embedding", tensor=5', "wte/embedding has tensor=5"),
+        ('"wte/embedding", "embedding", tensor=0', '"wte/embedding", "embedding", tensor=5', "has tensor=5"),
         ("(y.reshape(batch, -1, c.n_head, c.head_size) for y in qkv)", "(y[:, : 12 * n].reshape(batch, -1, n, 12) "
          "for y, n in zip(qkv, (4, 3, 3)))", "4 heads of queries cannot share 3 of keys"),
     ],
