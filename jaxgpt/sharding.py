@@ -274,6 +274,11 @@ def on_parts(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False)
 
 
+def on_all_parts(x: Array) -> Array:
+    """x whole on each device over `tensor`, where the compiler would split it."""
+    return x if tensor_parts() == 1 else jax.lax.with_sharding_constraint(x, P())
+
+
 def split_heads(f: Callable[..., Float[Array, "B T N H"]]) -> Callable[..., Float[Array, "B T N H"]]:
     """`f` that each device runs on its own heads of arrays (B, T, N, H) and on whole arrays (B, T) or None, for an `f`
     that the compiler cannot split."""

@@ -22,6 +22,7 @@ from jaxgpt.sharding import (
     gather_params,
     mean_gradients,
     mean_over,
+    on_all_parts,
     param_specs,
     state_specs,
     with_whole_params,
@@ -163,7 +164,8 @@ def begin_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> "Futu
 def loss_fn(model: ModelConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:
     """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
     tokens = tokens.astype(jnp.int32)
-    return bind(model, params).loss(tokens[:, :-1], tokens[:, 1:], seed=seed)
+    inputs, targets = on_all_parts(tokens[:, :-1]), on_all_parts(tokens[:, 1:])
+    return bind(model, params).loss(inputs, targets, seed=seed)
 
 
 def split_stacks(params_roles: Any, params: Params) -> Params:
