@@ -409,7 +409,7 @@ def test_command_prints_a_table_or_json(trained, hellaswag_records, tmp_path, ca
     assert of["val"][3]["loss"] == pytest.approx(
         trained.losses(trained.held_out[3 * BLOCK : 4 * BLOCK + 1])[0], abs=1e-4
     )
-    assert "".join(of["val"][0]["text"]) == trained.bpe.decode(trained.held_out[1 : BLOCK + 1].tolist())
+    assert of["val"][0]["text"] == [trained.bpe.decode([token]) for token in trained.held_out[1 : BLOCK + 1].tolist()]
     # two processes of two devices each: the same to the bit, and the first alone prints
     env = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHON": sys.executable}
     both = [ROOT / "scripts" / "launch_local", "2", "jaxgpt.evaluate", *argv, "--json"]
