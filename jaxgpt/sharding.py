@@ -269,6 +269,12 @@ def tensor_parts() -> int:
     return 1 if "tensor" in mesh.manual_axes else mesh.shape.get("tensor", 1)
 
 
+def splits(*sizes: int) -> bool:
+    """Whether `tensor` splits what is traced now, and each of these sizes evenly."""
+    parts = tensor_parts()
+    return parts > 1 and not any(size % parts for size in sizes)
+
+
 def on_parts(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`f` that each device over `tensor` runs on its part of the arrays: what f sends is then f's own."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False)

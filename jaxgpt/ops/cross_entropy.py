@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt
 from jaxgpt.ops import fp8
 from jaxgpt.ops.launch import available, exp2, launch, load, log2, sigmoid, store
 from jaxgpt.ops.paths import note
-from jaxgpt.sharding import on_parts, tensor_parts
+from jaxgpt.sharding import on_parts, splits
 
 LOG2_E = math.log2(math.e)
 DLOGITS = 2.0**14  # factor of FP8 gradients of logits, which are at most 1
@@ -44,8 +44,7 @@ def linear_cross_entropy(
     row of w from `first` on stands for 2^weight tokens with these logits. A target of -1 adds no loss and no gradient.
     """
     options: Any = {"vocab_size": vocab_size, "softcap": softcap, "chunks": chunks, "in_fp8": in_fp8}
-    parts = tensor_parts()
-    if parts > 1 and x.shape[0] % parts == w.shape[0] % parts == 0:
+    if splits(x.shape[0], w.shape[0]):
         # each device takes its share of the rows, with the whole of w, which is fetched in x's dtype
         def part(x, w, targets, rare):
             w = jax.lax.all_gather(w.astype(x.dtype), "tensor", axis=0, tiled=True).astype(w.dtype)
@@ -53,8 +52,7 @@ def linear_cross_entropy(
             return jax.lax.pmean(linear_cross_entropy(x, w, targets, rare=rare, kernels=kernels, **options), "tensor")
 
         rows = P("tensor")
-        specs = rows, rows, P(), None if rare is None else P()
-        return on_parts(part, specs, P())(x, w, targets, rare)
+        return on_parts(part, (rows, rows, P(), P()), P())(x, w, targets, rare)
     kernels = kernels and supports(w.shape[0])
     note("loss", "kernel" if kernels else "plain")
     return _mean_loss(x, w, targets, rare, Rows(vocab_size, softcap, kernels, in_fp8), chunks)

@@ -16,7 +16,7 @@ from jaxgpt.ops import decode, fp8
 from jaxgpt.ops.activation import activate
 from jaxgpt.ops.norm import Norm, add_norm
 from jaxgpt.ops.paths import note
-from jaxgpt.sharding import on_parts, tensor_parts
+from jaxgpt.sharding import on_parts, splits
 
 
 class Fast(NamedTuple):
@@ -52,7 +52,7 @@ def linear(
     if residual is not None:
         if _decodes(x, fast):
             return _decoded(x, None, w, b, activation, dtype, columns, residual), None
-        if not isinstance(x, fp8.Quantized) and columns is None and _splits(x.shape[0], w.shape[0]):
+        if not isinstance(x, fp8.Quantized) and columns is None and splits(x.shape[0], w.shape[0]):
             return residual, _rows_split(x, w, b, activation, dtype, fast)
         return residual, linear(x, w, b, activation=activation, columns=columns, dtype=dtype, fast=fast)
     if isinstance(x, fp8.Quantized) or _in_fp8(x, w, fast):
@@ -87,7 +87,7 @@ def add_norm_linear(
     if _decodes(x, fast):
         x = x if branch is None else x + branch
         return x, _decoded(x, norm, w, b, activation)
-    if _splits(x.shape[0], w.shape[-1]):
+    if splits(x.shape[0], w.shape[-1]):
         return _columns_split(x, branch, norm, w, b, activation, fast)
     if _in_fp8(x, w, fast):
         x, y = fp8.add_norm(x, branch, norm, kernels=fast.kernels)
@@ -102,10 +102,6 @@ def add_norm_linear(
 # alone would send the gradients of queries, keys and values one by one, and it cannot split a kernel.
 
 
-def _splits(*sizes: int) -> bool:
-    return tensor_parts() > 1 and not any(size % tensor_parts() for size in sizes)
-
-
 def _columns_split(x, branch, norm, w, b, activation, fast):
     def run(x, branch, scale, bias, w, b):
         x, y = add_norm(x, branch, norm._replace(scale=scale, bias=bias), kernels=fast.kernels)
@@ -114,9 +110,7 @@ def _columns_split(x, branch, norm, w, b, activation, fast):
 
     rows, columns = P("tensor"), P(*[None] * (w.ndim - 1), "tensor")
     specs = rows, rows, P(), P(), columns, P(*columns[1:])
-    args = x, branch, norm.scale, norm.bias, w, b
-    given = tuple(None if arg is None else spec for arg, spec in zip(args, specs, strict=True))
-    return on_parts(run, given, (rows, P(None, "tensor")))(*args)
+    return on_parts(run, specs, (rows, P(None, "tensor")))(x, branch, norm.scale, norm.bias, w, b)
 
 
 def _rows_split(x, w, b, activation, dtype, fast):
@@ -124,7 +118,7 @@ def _rows_split(x, w, b, activation, dtype, fast):
         y = jax.lax.psum_scatter(linear(x, w, dtype=dtype, fast=fast), "tensor", scatter_dimension=0, tiled=True)
         return _finish(y, b, activation, fast)
 
-    specs = P(None, "tensor"), P("tensor"), None if b is None else P()
+    specs = P(None, "tensor"), P("tensor"), P()
     return on_parts(run, specs, P("tensor"))(x, w, b)
 
 
