@@ -473,11 +473,6 @@ def away(error: BaseException) -> str:
     return str(found.strerror) if found.errno in (errno.EACCES, errno.ECONNABORTED) else ""
 
 
-def in_store(path: Any) -> bool:
-    """Whether this is a path in a store."""
-    return isinstance(path, StorePath)
-
-
 def read_ranges(ranges: Sequence[tuple[StorePath, int, int]]) -> list[bytes]:
     """Bytes start … stop-1 of each object, asked for all at once. Raises OSError."""
     asked = [

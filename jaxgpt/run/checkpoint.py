@@ -165,7 +165,7 @@ class Checkpoints:
 
     def _check_reachable(self, error: Exception) -> None:
         """Raises Unavailable where the store could not be had: that says nothing of a checkpoint."""
-        if store.in_store(self.folder) and (why := store.away(error)):
+        if isinstance(self.folder, store.StorePath) and (why := store.away(error)):
             raise Unavailable(f"{self.folder} cannot be read now: {why}") from None
 
     # --- saving ---
@@ -389,7 +389,7 @@ def run_id(run: store.AnyPath) -> str:
     try:
         found = from_json((run / "config.json").read_bytes()).get("run_id", "")
     except (OSError, ValueError, AttributeError) as error:  # whoever needs the config says what is wrong
-        if store.in_store(run) and store.away(error):
+        if isinstance(run, store.StorePath) and store.away(error):
             raise
         return ""
     return found if isinstance(found, str) else ""

@@ -369,7 +369,7 @@ def trim_jsonl(path: store.AnyPath, step: int, without: str = "") -> int:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; move it away") from None
     kept = [line for line in lines if stays(line)]
-    if kept != lines or kept and store.in_store(path):  # there the file begins anew: see store.py
+    if kept != lines or kept and isinstance(path, store.StorePath):  # there the file begins anew: see store.py
         with atomic_write(path) as file:
             file.writelines(kept)
     return len(kept)
