@@ -127,28 +127,30 @@ def test_without_libtpu_a_line_says_how_to_install_it(monkeypatch):
         slices.describe_tpus(slices.parse("v5e:4x4"))
 
 
-def test_data_is_over_slices():
-    """In a process of its own, as libtpu is loaded; where it is installed."""
+def meshes(code: str) -> str:
+    """What this code about described slices prints, in a process of its own, as libtpu is loaded; where it is there."""
     pytest.importorskip("libtpu")
+    code = f"from jaxgpt.tools import slices; from jaxgpt.sharding import make_mesh\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_data_is_over_slices():
     code = (
-        "from jaxgpt.tools import slices; from jaxgpt.sharding import make_mesh\n"
         "mesh = make_mesh(-1, 4, 1, devices=slices.describe_tpus(slices.parse('2*v5e:2x4')))\n"
         "print(dict(mesh.shape), [{x.slice_index for x in row.flat} for row in mesh.devices])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout == "{'data': 4, 'fsdp': 4, 'tensor': 1} [{0}, {0}, {1}, {1}]\n", done.stderr
+    assert meshes(code) == "{'data': 4, 'fsdp': 4, 'tensor': 1} [{0}, {0}, {1}, {1}]\n"
 
 
 def test_meshes_of_described_slices():
     """Of each kind; also sizes that divide no side of the slice: 8 of 4 × 4 × 4."""
-    pytest.importorskip("libtpu")
     code = (
-        "from jaxgpt.tools import slices; from jaxgpt.sharding import make_mesh\n"
         "for name in 'v4:2x2x4', 'v5e:4x4', 'v5p:4x4x4', 'v6e:8x8':\n"
         "    print(make_mesh(-1, 8, 1, devices=slices.describe_tpus(slices.parse(name))).devices.shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout == "(2, 8, 1)\n(2, 8, 1)\n(8, 8, 1)\n(8, 8, 1)\n", done.stderr
+    assert meshes(code) == "(2, 8, 1)\n(2, 8, 1)\n(8, 8, 1)\n(8, 8, 1)\n"
 
 
 def test_gpus_by_name(tiny_config, capsys):
