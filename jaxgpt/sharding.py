@@ -2,8 +2,8 @@
 
 A step is written for one device: its rows of the batch, its part of the parameters (`device_map`). Over `data` devices
 hold the same parameters and average their gradients once an optimizer step. Over `fsdp` each holds a part, fetches the
-others' once an optimizer step and gets its own part of the summed gradients. Over `tensor` the compiler splits each
-layer, following how its parameters lie.
+others' once an optimizer step and gets its own part of the summed gradients; of tables that rows are looked up in they
+send each other those rows. Over `tensor` the compiler splits each layer, following how its parameters lie.
 """
 
 import ctypes
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxgpt import UserError
 
@@ -158,14 +159,15 @@ def path_name(path: tuple) -> str:
 
 def partition_spec(name: str, shape: tuple[int, ...], role: Any, mesh: Mesh | AbstractMesh) -> P:
     """How the parameter with this role (models.Role) is split: `tensor` where the role says, `fsdp`, for all but
-    vectors, the first dimension that is free and divides evenly. Raises UserError where a dimension does not divide."""
+    vectors, the first dimension that is free and divides evenly, or the last one if the role is not whole. Raises
+    UserError where a dimension does not divide."""
     entries: list[str | None] = [None] * len(shape)
     if role.tensor is not None and not -len(shape) <= role.tensor < len(shape):
         raise UserError(f"ROLES: {role.pattern} has tensor={role.tensor}, but {name} only {len(shape)} dimensions")
     if role.tensor is not None and mesh.shape["tensor"] > 1:
         entries[role.tensor] = "tensor"
     if role.group != "vector" and mesh.shape["fsdp"] > 1:
-        free = [i for i, entry in enumerate(entries) if entry is None]
+        free = [i for i, entry in enumerate(entries) if entry is None][:: 1 if role.whole else -1]
         entries[next((i for i in free if shape[i] % mesh.shape["fsdp"] == 0), free[0])] = "fsdp"
     for size, axis in zip(shape, entries, strict=True):
         if axis is not None and size % mesh.shape[axis]:
@@ -229,15 +231,15 @@ def with_whole_params(f: Callable, roles: Any, mesh: Mesh, dtype: str, in_spec: 
 def gather_params(params: Any, roles: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
     """Within device_map: whole parameters from the shards over fsdp, gathered in `dtype`, the computation's.
 
-    Matrices stay in it; embeddings and heads return to float32, so that their gradients add up in it. For the
-    gradients see mean_gradients.
+    Matrices stay in it; embeddings and heads return to float32, so that their gradients add up in it. What is not to be
+    whole by its role stays the device's part. For the gradients see mean_gradients.
     """
 
     def gather(spec: P, role: Any, x):
-        if "fsdp" not in spec:
+        if "fsdp" not in spec or _in_parts(spec, role, mesh):
             return x
-        whole = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
-        return whole if role.group == "matrix" else whole.astype(x.dtype)
+        found = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+        return found if role.group == "matrix" else found.astype(x.dtype)
 
     def gather_all(params):
         return jax.tree.map(gather, specs, roles, params)
@@ -245,16 +247,56 @@ def gather_params(params: Any, roles: Any, specs: Any, mesh: Mesh, dtype: str) -
     return params if mesh.shape["fsdp"] == 1 else _on_parts_over_tensor(gather_all, specs, mesh)(params)
 
 
-def mean_gradients(gradients: Any, specs: Any, mesh: Mesh) -> Any:
-    """Within device_map: the mean over all rows of gradients of whole parameters, and of that each device's part."""
+def mean_gradients(gradients: Any, roles: Any, specs: Any, mesh: Mesh) -> Any:
+    """Within device_map: the mean over all rows of gradients of what gather_params gave, of each the device's part."""
 
-    def mean(spec: P, g):
+    def mean(spec: P, role: Any, g):
         if "fsdp" not in spec:
             return mean_over(g, mesh, *BATCH_AXES)
-        part = jax.lax.psum_scatter(g, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
-        return mean_over(part / mesh.shape["fsdp"], mesh, "data")
+        if not _in_parts(spec, role, mesh):  # else it has been added up over the devices on its way back
+            g = jax.lax.psum_scatter(g, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return mean_over(g / mesh.shape["fsdp"], mesh, "data")
 
-    return _on_parts_over_tensor(partial(jax.tree.map, mean, specs), specs, mesh)(gradients)
+    return _on_parts_over_tensor(partial(jax.tree.map, mean, specs, roles), specs, mesh)(gradients)
+
+
+def _in_parts(spec: P, role: Any, mesh: Mesh) -> bool:
+    """Whether a module is given the device's part over fsdp; where `tensor` splits it too, it is given all of that."""
+    return not role.whole and spec[-1] == "fsdp" and mesh.shape["tensor"] == 1
+
+
+def rows(
+    tables: Sequence[Float[Array, "V P"]], ids: Int[Array, " M"], features: int, dtype: Any
+) -> list[Float[Array, "M C"]]:
+    """Each table's rows of these numbers, in `dtype`.
+
+    Where a table is the device's part of `features` (Role.whole), each device looks up all devices' rows in its part
+    and they exchange them: for a batch's tokens a small part of what the tables are, and so are the gradients, which
+    add up in the tables' dtype.
+    """
+    parts = features // tables[0].shape[1]
+    if parts == 1:
+        return [table[ids].astype(dtype) for table in tables]
+    ids = jax.lax.all_gather(ids, "fsdp", tiled=True)
+    exchange = partial(jax.lax.all_to_all, axis_name="fsdp", split_axis=0, concat_axis=1, tiled=True)
+    return [exchange(table[ids].astype(dtype)) for table in tables]
+
+
+def whole(table: Float[Array, "V P"], features: int, dtype: Any) -> Float[Array, "V C"]:
+    """All features of a table, fetched in `dtype`, where it is the device's part of them (Role.whole)."""
+    return table if table.shape[1] == features else _fetched(table, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fetched(part, dtype):
+    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=1, tiled=True).astype(part.dtype)
+
+
+# gradients are added up in the table's own dtype, not in the one it was fetched in
+_fetched.defvjp(
+    lambda part, dtype: (_fetched(part, dtype), None),
+    lambda dtype, _, g: (jax.lax.psum_scatter(g, "fsdp", scatter_dimension=1, tiled=True),),
+)
 
 
 def mean_over(x: Any, mesh: Mesh, *axes: str) -> Any:

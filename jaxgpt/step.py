@@ -235,7 +235,7 @@ def mean_loss_and_gradients(
             seeds = seeds + jax.lax.axis_index(BATCH_AXES).astype(jnp.uint32)
         whole = gather_params(params, by_role, specs, mesh, model.dtype)
         loss, grads = summed_gradients(model, whole, scale, seeds, tokens)
-        return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, specs, mesh)
+        return mean_over(loss, mesh, *BATCH_AXES), mean_gradients(grads, by_role, specs, mesh)
 
     in_specs = (specs, P(), P(), P(None, BATCH_AXES, None))
     return device_map(local, mesh, in_specs, (P(), specs))(params, scale, seeds, tokens)

@@ -98,7 +98,7 @@ def tiny_config(token_folder):
     from jaxgpt.config import default_config
 
     def make(**values):
-        config = default_config()
+        config = default_config(values.get("model", "gpt2"))
         config.update(data_dir=str(token_folder), dtype="float32", block_size=16, n_layer=1, n_head=2, n_embd=16)
         config.update(batch_size=1, gradient_accumulation_steps=DEVICES, eval_iters=2, eval_interval=4, max_iters=8)
         config.update(lr_decay_iters=8, warmup_iters=2, learning_rate=1e-2, min_lr=1e-3)

@@ -19,6 +19,7 @@ from jaxgpt import UserError, sharding
 from jaxgpt.config import GPT2_SIZES, default_config, resolve
 from jaxgpt.models import abstract_params, role_of, roles
 from jaxgpt.models.gpt2 import GPTConfig
+from jaxgpt.ops.cross_entropy import sampled_cross_entropy
 from jaxgpt.ops.paths import watch
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import (
@@ -168,6 +169,60 @@ def test_tensor_gathers_and_scatters_each_branch_once_each_way(run, sizes):
     assert set(here.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
     assert here.collectives["reduce-scatter"][1] == params + tensor_bytes(here)
     assert here.collectives["all-gather"][1] < params + 1.2 * tensor_bytes(here)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """A table of 300 rows of 32 features, and 24 numbers of rows for each of 8 devices."""
+    random = np.random.default_rng(0)
+    return jnp.asarray(random.normal(size=(300, 32)), jnp.float32), jnp.asarray(random.integers(300, size=8 * 24))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1)])
+@pytest.mark.parametrize("use", ["rows", "whole", "sampled", "sampled_fp8"])
+def test_a_part_of_the_features_gives_what_the_whole_table_does(table, sizes, use):
+    """Values, and gradients summed over the devices, which get other rows each."""
+    mesh, (w, ids) = mesh_of(*sizes), table
+    x = jnp.sin(jnp.arange(8 * 24 * 32.0)).reshape(-1, 32)
+
+    def loss(w, ids, x):
+        if use == "rows":
+            return jnp.sum(sharding.rows([w], ids, 32, "float32")[0] * x)
+        if use == "whole":
+            return jnp.sum((x @ sharding.whole(w, 32, "float32").T) ** 2)
+        options = {"vocab_size": 300, "sample": 128, "seed": jnp.uint32(7), "in_fp8": use == "sampled_fp8"}
+        return sampled_cross_entropy(x, w, ids, **options)
+
+    def local(w, ids, x):
+        value, gradient = jax.value_and_grad(loss)(w, ids, x)
+        over = BATCH_AXES if whole else "data"  # over fsdp the parts' have been added up on their way
+        return jax.lax.psum(value, BATCH_AXES), jax.lax.psum(gradient, over)
+
+    found = {}
+    for whole in (True, False):
+        spec = P() if whole else P(None, "fsdp")
+        f = device_map(local, mesh, (spec, P(BATCH_AXES), P(BATCH_AXES)), (P(), spec))
+        found[whole] = jax.jit(f)(w, ids, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found[True], found[False])
+    assert np.any(found[True][1])
+
+
+def test_tables_of_the_modern_model_stay_where_they_lie(tiny_config):
+    """Rows are exchanged: what is gathered over fsdp is the matrices and the tokens' numbers, and rows' gradients never
+    are reduced as a table."""
+    config = tiny_config(model="modern", n_layer=2, value_embeds=1, n_embd=32, sampled_softmax=128)
+    config.gradient_accumulation_steps = ROWS
+    here = Run(config, (1, 8, 1))
+    tables = sum(
+        4 * x.size for path, x in jax.tree.leaves_with_path(here.abstract.params) if "embedding" in path_name(path)
+    )
+    assert here.shape[1] == 2
+    matrices = here.matrix_bytes() - tables
+    assert tables > matrices
+    assert here.collectives["all-to-all"][0] and here.collectives["reduce-scatter"][1] == matrices
+    assert matrices < here.collectives["all-gather"][1] < 1.1 * matrices
+    losses = here.trained[1]
+    assert losses[-1] < losses[0] - 0.1, "nothing was learned"
 
 
 def test_one_device_sends_nothing(run):

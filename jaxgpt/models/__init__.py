@@ -80,6 +80,8 @@ class Role:
     float32: whether it stays in float32 where the model computes in bfloat16.
     product: whether every token is multiplied with it, so that it counts in FLOPs; looked-up tables are not.
     stack: the dimension along which it stacks several matrices (or their biases), such as those of q, k and v.
+    whole: whether each device fetches all of it over `fsdp` before a step. If False the module is given the device's
+        part of its last dimension, and fetches what it needs: `sharding.rows` of a table, or `sharding.whole`.
     """
 
     pattern: str
@@ -89,6 +91,7 @@ class Role:
     float32: bool = False
     product: bool = True
     stack: int | None = None
+    whole: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from jaxgpt.ops.cross_entropy import linear_cross_entropy, sampled_cross_entropy
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.linear import Fast, add_norm_linear, linear
 from jaxgpt.ops.norm import Norm, add_norm
+from jaxgpt.sharding import rows, whole
 
 RMS = Norm("rms")
 QK_SCALE = 0.12  # of queries' products with keys when both are normalized; for heads of 128 it is 1.36 / √128
@@ -46,9 +47,9 @@ class ModernConfig(ModelConfig):
     sampled_softmax: int = key(0, "estimate the training loss from so many rows of the head; 0: from all")
 
     ROLES = (
-        Role("wte/embedding", "embedding", tensor=0, product=False),
-        Role("value_embeds/*/embedding", "embedding", tensor=0, product=False),
-        Role("lm_head/embedding", "head", tensor=0),
+        Role("wte/embedding", "embedding", tensor=0, product=False, whole=False),
+        Role("value_embeds/*/embedding", "embedding", tensor=0, product=False, whole=False),
+        Role("lm_head/embedding", "head", tensor=0, whole=False),
         Role("h/*/attn/c_attn/kernel", "matrix", tensor=-1, stack=-2),
         Role("h/*/attn/c_proj/kernel", "matrix", tensor=0),
         Role("h/*/attn/value_mix", "vector", decay=False, float32=True),
@@ -201,8 +202,11 @@ class Modern(nnx.Module):
         return nnx.Embed(c.padded_vocab_size, c.n_embd, embedding_init=init, rngs=rngs)
 
     @property
-    def head(self) -> Float[Array, "V C"]:
+    def head(self) -> Float[Array, "V P"]:
         return (self.wte if self.lm_head is None else self.lm_head).embedding[...]
+
+    def whole_head(self) -> Float[Array, "V C"]:
+        return whole(self.head, self.config.n_embd, self.config.dtype)
 
     def hidden(
         self, tokens: Int[Array, "B T"], *, seed: UInt[Array, ""] | None = None, cache: KVCache | None = None
@@ -216,8 +220,8 @@ class Modern(nnx.Module):
         batch, time = tokens.shape
         flat = tokens.reshape(-1)
         # looked up before the cast: the gradient then adds up in float32, where frequent tokens would swamp bfloat16
-        x = self.wte.embedding[...][flat].astype(c.dtype)
-        tables = [table.embedding[...][flat].astype(c.dtype) for table in self.value_embeds]
+        tables = [table.embedding[...] for table in (self.wte, *self.value_embeds)]
+        x, *tables = rows(tables, flat, c.n_embd, c.dtype)
         x = add_norm(x, None, RMS, kernels=c.kernels)[1]
         seeds = None
         if seed is not None and c.dropout > 0:
@@ -249,9 +253,9 @@ class Modern(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows C"]) -> Float[Array, "*rows vocab_size"]:
         """Float32 logits of hidden states, padding cut off."""
-        c, rows = self.config, x.reshape(-1, x.shape[-1])
+        c = self.config
         options = {"columns": c.vocab_size, "dtype": jnp.float32, "fast": Fast(c.kernels, decode=True)}
-        logits = linear(rows, self.head.T, **options).reshape(*x.shape[:-1], -1)
+        logits = linear(x.reshape(-1, x.shape[-1]), self.whole_head().T, **options).reshape(*x.shape[:-1], -1)
         return c.softcap * jnp.tanh(logits / c.softcap) if c.softcap else logits
 
     def loss(
@@ -267,4 +271,4 @@ class Modern(nnx.Module):
         if seed is not None and 0 < c.sampled_softmax < c.vocab_size:
             sampled = {"sample": c.sampled_softmax, "seed": seed}
             return sampled_cross_entropy(x, self.head, targets.reshape(-1), **sampled, **options)
-        return linear_cross_entropy(x, self.head, targets.reshape(-1), **options)
+        return linear_cross_entropy(x, self.whole_head(), targets.reshape(-1), **options)

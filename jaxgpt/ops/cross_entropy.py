@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt
 from jaxgpt.ops import fp8
 from jaxgpt.ops.launch import available, exp2, launch, load, log2, sigmoid, store
 from jaxgpt.ops.paths import note
-from jaxgpt.sharding import on_parts, splits
+from jaxgpt.sharding import on_parts, rows, splits
 
 LOG2_E = math.log2(math.e)
 DLOGITS = 2.0**14  # factor of FP8 gradients of logits, which are at most 1
@@ -68,7 +68,7 @@ def supports(width: int) -> bool:
 
 def sampled_cross_entropy(
     x: Float[Array, "M C"],
-    w: Float[Array, "V C"],
+    w: Float[Array, "V P"],
     targets: Int[Array, " M"],
     *,
     vocab_size: int,
@@ -80,7 +80,7 @@ def sampled_cross_entropy(
 
     A drawn one stands for as many tokens as there are for each draw, so that the sum in the softmax is right in the
     mean (Bengio and Senécal 2008, "Adaptive importance sampling …"). Of more than `sample` different targets those with
-    the highest numbers add nothing.
+    the highest numbers add nothing. w may be the device's part of the features: see `sharding.rows`.
     """
     is_target = jnp.zeros(vocab_size, bool).at[targets].set(True)
     draw = jax.random.bits(jax.random.key(seed), (vocab_size,), jnp.uint32) >> 1
@@ -88,7 +88,8 @@ def sampled_cross_entropy(
     place = jnp.full(vocab_size, -1).at[ids].set(jnp.arange(sample))
     first = is_target.sum().astype(jnp.float32)
     rare = jnp.stack([first, jnp.log2((vocab_size - first) / jnp.maximum(sample - first, 1))])
-    return linear_cross_entropy(x, w[ids], place[targets], vocab_size=sample, rare=rare, **options)
+    (some,) = rows([w], ids, x.shape[1], w.dtype)
+    return linear_cross_entropy(x, some, place[targets], vocab_size=sample, rare=rare, **options)
 
 
 class Rows(NamedTuple):
