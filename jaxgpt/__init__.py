@@ -19,6 +19,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -41,8 +42,22 @@ def die_by_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-if sys.argv[:1] == ["-m"]:  # python -m jaxgpt.…, whose imports take seconds
+def before_imports() -> None:
+    """For the start of a program, whose imports take seconds: Ctrl-C ends it at once, and a variable of the environment
+    that a library refuses as it is imported is one line."""
     die_by_interrupt()
+    sys.excepthook = _end_by_line
+
+
+def _end_by_line(kind: Any, error: Any, trace: Any) -> None:
+    if problem := user_error(error):
+        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
+        os._exit(problem.status)
+    sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # python -m jaxgpt.…
+    before_imports()
 
 
 class UserError(Exception):
@@ -101,6 +116,26 @@ def user_error(error: BaseException) -> UserError | None:
     if isinstance(error, AssertionError) and modules[-1:] == ["jax._src.xla_bridge"]:  # a plugin is missing, as cuda's
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         return UserError(f"{asked}, but no such backend is installed; run: pip install 'jaxgpt[cuda]', or unset it")
+    return _refused_variable(error)
+
+
+def _refused_variable(error: BaseException) -> UserError | None:
+    """Where a library refuses the value of a variable of the environment: JAX_ENABLE_X64=banana, MPLBACKEND=x.
+
+    The error names the variable; or it has its value, and JAX's option, or the line of the library that reads the
+    environment, has its name.
+    """
+    text, frames = str(error), list(traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, ValueError) or not frames:
+        return None
+    lines = [line for *_, line in traceback.extract_tb(error.__traceback__) if line and "env" in line]
+    options = [x for x in frames[-1][0].f_locals.values() if isinstance(x, str)]
+    names = re.findall(r"[A-Z][A-Z0-9_]+|jax_\w+", " ".join([text, *lines, *options]))
+    for name in dict.fromkeys(name.upper() for name in names):
+        value = os.environ.get(name)
+        told = name in text or (value.lower() in text.lower() if value else re.search("''|\"\"", text))
+        if value is not None and told:
+            return UserError(f"{name}={value} in the environment: {text}; mend it or unset it")
     return None
 
 

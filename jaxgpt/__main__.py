@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from jaxgpt import die_by_interrupt
+from jaxgpt import before_imports
 
 COMMANDS = {
     "train": "trains a model; fine-tunes, goes on with a run, evaluates once",
@@ -21,7 +21,7 @@ COMMANDS = {
 def main() -> None:
     name = Path(sys.argv[0]).stem.removeprefix("jaxgpt-")
     if name in COMMANDS:
-        die_by_interrupt()
+        before_imports()
         runpy.run_module(f"jaxgpt.{name}", run_name="__main__", alter_sys=True)
         return
     for name, about in COMMANDS.items():

@@ -65,7 +65,7 @@ def bench_train(config: ConfigDict, steps: int, profile: bool) -> dict[str, Any]
         limit = limit_of(mesh.local_devices[0])
         config, line = choose_batch(config, mesh, data.vocab_size, data.meta.eot, limit)
         print(line, file=sys.stderr)
-        data = RunData(take(DataConfig, config), config.block_size, mesh)
+        data = data.resized(take(DataConfig, config))
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     making = begin_state(parts, mesh)
     abstract = abstract_state(parts, mesh)

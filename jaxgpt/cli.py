@@ -53,8 +53,8 @@ class Parser(argparse.ArgumentParser):
 
     unknown_key: Callable[[str, list[str]], str] | None = None  # the message on a `--config.KEY` that is none of those
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+    def __init__(self, *, formatter_class: Any = _Help, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists the arguments")

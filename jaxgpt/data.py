@@ -8,6 +8,7 @@ and for 10^11 tokens.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import math
@@ -27,8 +28,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Integer, UInt64
 
-from jaxgpt import UserError, store
+from jaxgpt import UserError, shipped, store
 from jaxgpt.cache import Cache
+from jaxgpt.cli import nearest
 from jaxgpt.config import DataConfig
 from jaxgpt.sharding import BATCH_AXES, data_shards
 from jaxgpt.store import AnyPath, StorePath
@@ -99,7 +101,10 @@ class Corpus:
         tokens: dict[Any, int] = {folder / shard["file"]: shard["tokens"] for shard in meta.shards.get(split, [])}
         paths: list[Any] = list(tokens) or found
         if not paths:
-            raise UserError(f"{single} does not exist; run its prepare.py, or set data_dir to a folder that holds it")
+            others = [Path(name).parent.name for name in shipped("data/*/prepare.py")]  # known by name, as dataset=NAME
+            near = nearest(folder.name, others) if folder.parent == Path("data") and folder.name not in others else ""
+            hint = f"run its prepare.py, or set data_dir to a folder that holds it{near}"
+            raise UserError(f"{single} does not exist; {hint}")
         if foreign := set(found) - set(paths):
             raise UserError(
                 f"{min(foreign)} is not of the corpus in meta.json; move it away or prepare the corpus again"
@@ -463,17 +468,23 @@ def check_same_corpora(recorded: Mapping[str, str], found: Mapping[str, str], ru
             )
 
 
+def _micro_steps(config: DataConfig, mesh: Mesh) -> int:
+    """Micro-steps of an optimizer step for each data shard. Raises UserError where they do not divide."""
+    shards = data_shards(mesh)
+    micro_steps, rest = divmod(config.gradient_accumulation_steps, shards)
+    if rest:
+        raise UserError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the {shards} "
+            f"devices that share the batch (mesh_data × mesh_fsdp); choose a multiple of {shards}"
+        )
+    return micro_steps
+
+
 class RunData:
     """The corpora of a config as batches on a mesh. Raises UserError on files or sizes that do not fit."""
 
     def __init__(self, config: DataConfig, block_size: int, mesh: Mesh, vocab_size: int | None = None):
-        shards = data_shards(mesh)
-        self.micro_steps, rest = divmod(config.gradient_accumulation_steps, shards)
-        if rest:
-            raise UserError(
-                f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the {shards} "
-                f"devices that share the batch (mesh_data × mesh_fsdp); choose a multiple of {shards}"
-            )
+        self._block_size, self._mesh, self.micro_steps = block_size, mesh, _micro_steps(config, mesh)
         names, weights = zip(*parse_mixture(config.dataset), strict=True)
         folders = corpus_folders(config)
         metas = [corpus_meta(folder, vocab_size or GPT2_VOCAB_SIZE) for folder in folders]
@@ -482,18 +493,30 @@ class RunData:
                       for folder, meta in zip(folders, metas, strict=True) if read_meta(folder) is None]  # fmt: skip
         self._names, self._weights, self._folder = names, weights, folders[0]
         self.meta, self.vocab_size = metas[0], vocab_size or max(meta.vocab_size for meta in metas)
-        size, rows = block_size, config.batch_size * config.gradient_accumulation_steps
         cache = Cache(config.data_cache, config.data_cache_gb)
-        opened = {"block_size": size, "vocab_size": self.vocab_size, "cache": cache}
-        train, val = (
+        opened = {"block_size": block_size, "vocab_size": self.vocab_size, "cache": cache}
+        self._train, self._val = (
             [Corpus.open(folder, split, meta=meta, **opened) for folder, meta in zip(folders, metas, strict=True)]
             for split in ("train", "val")
         )
-        self._val, self.tokens_per_step = val, rows * size
+        self._lay_out(config)
+
+    def resized(self, config: DataConfig) -> "RunData":
+        """The same corpora in batches of another size. config: as this one's but for that. Raises UserError."""
+        other = copy.copy(self)
+        other.micro_steps = _micro_steps(config, self._mesh)
+        other._lay_out(config)
+        return other
+
+    def _lay_out(self, config: DataConfig) -> None:
+        """The batches of training and of evaluations."""
+        names, weights, train, val, size = self._names, self._weights, self._train, self._val, self._block_size
+        rows = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = rows * size
         self.train = Batches(train, weights, seed=config.seed, rows=rows, block_size=size, order=config.data_order)
-        self._sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
+        self._sharding = NamedSharding(self._mesh, P(None, None, BATCH_AXES, None))
         # The same windows at every evaluation, none of them from the training stream. Between calls it can be stopped.
-        micro_rows, shares = config.batch_size * shards, [float(weight) for weight in weights]
+        micro_rows, shares = config.batch_size * data_shards(self._mesh), [float(weight) for weight in weights]
         if iters := config.eval_iters:
             a = max(n for n in range(1, 11) if iters % n == 0)
             alike = np.full((iters // a, a), 1 / iters)

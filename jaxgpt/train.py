@@ -16,6 +16,7 @@ from tqdm import tqdm
 from jaxgpt import Unavailable, UserError, console, store
 from jaxgpt.cli import Parser, run_main
 from jaxgpt.config import (
+    DataConfig,
     Parts,
     parse_config,
     read_config,
@@ -124,7 +125,7 @@ def prepare(config: ConfigDict, given: Mapping[str, Any] | None, mesh: Mesh, che
         limit = limit_of(mesh.local_devices[0])
         config, line = choose_batch(config, mesh, data.vocab_size, data.meta.eot, limit)
         changes.append(line)
-        data = open_data(config, mesh, weights)
+        data = data.resized(take(DataConfig, config))
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     evaluate = Evaluation(parts, data, mesh)
     # tokens alone can be trained on: the tokenizer is loaded where text is asked for

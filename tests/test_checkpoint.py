@@ -178,6 +178,15 @@ def test_opens_params_alone_without_reading_the_rest(tmp_path):
     assert snapshot(tmp_path) == before, "restoring writes nothing"
 
 
+def test_a_step_without_a_checkpoint_is_told_those_that_have_one(tmp_path):
+    state, ckpts = sample_state(0), Checkpoints(tmp_path)
+    for step in (3, 5):
+        ckpts.save(step, state, {})
+    assert ckpts.wait()
+    with pytest.raises(UserError, match="no checkpoint 17 in .*; those there are 3, 5"):
+        ckpts.restore(abstract(state), 17)
+
+
 def test_opening_nothing_writes_nothing(tmp_path):
     ckpts = Checkpoints(tmp_path / "absent")
     assert ckpts.steps() == []

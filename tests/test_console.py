@@ -1,11 +1,14 @@
 """Lines for people: what cannot be printed costs the line, and the process ends with its own status."""
 
+import importlib.machinery
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,28 @@ def test_a_backend_that_is_not_installed_is_one_line(monkeypatch):
             assert (told is not None and "JAX_PLATFORMS=cuda, but no such backend" in str(told)) is found
 
 
+REFUSED = {"JAX_ENABLE_X64": "train", "JAX_LOGGING_LEVEL": "sample", "JAXTYPING_DISABLE": "bench", "MPLBACKEND": "plot"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_variable_that_a_library_refuses_is_one_line(name):
+    """As it is imported, before anything of ours runs."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), name: "banana"}
+    command = [sys.executable, "-m", f"jaxgpt.{REFUSED[name]}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    line = f"error: {name}=banana in the environment: .*; mend it or unset it\n"
+    assert done.returncode == 2 and re.fullmatch(line, done.stderr)
+
+
+def test_a_bug_is_no_refused_variable(monkeypatch):
+    monkeypatch.setenv("SOME_NAME", "7")
+    for text, found in ("SOME_NAME is wrong", True), ("some_name is 7", False), ("7", False):
+        try:
+            raise ValueError(text)
+        except ValueError as error:
+            assert (user_error(error) is not None) is found
+
+
 def test_a_working_folder_that_is_gone_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
@@ -160,3 +185,28 @@ def test_a_thread_that_never_ends_keeps_a_failed_program_for_half_a_minute():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr == "error: x\n"
+
+
+# --- scripts ---
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for path in sorted((ROOT / "scripts").iterdir()) if "run_main(main)" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_mistake_on_a_scripts_command_line_is_one_line(path, monkeypatch):
+    """It comes as UserError, which run_main prints."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which a script may set
+    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    loader.exec_module(module)
+    with pytest.raises(UserError):
+        module.main(["--banana"])
+
+
+def test_a_launchers_mistake_is_one_line(capfd):
+    for argv in [], ["train"], ["0"], ["--restarts=x", "2"]:
+        assert subprocess.run([sys.executable, ROOT / "scripts" / "launch_local", *argv]).returncode == 2
+        out, err = capfd.readouterr()
+        assert not out and re.fullmatch("error: .*\n", err)

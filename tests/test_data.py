@@ -1,6 +1,7 @@
 """The reader: every window once, the same batch on any machines, and no bad file gets through."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -520,6 +521,23 @@ def test_mixtures_need_one_tokenizer(folder):
         corpora.append(Corpus.open(folder / f"t{i}", "train", block_size=4, vocab_size=3))
     with pytest.raises(UserError, match=r"t1 has 3 characters, .*t0, mixed with it, other 3 characters: id 2 is 'd'"):
         Batches(corpora, ["0.5", "0.5"], seed=1, rows=2, block_size=4)
+
+
+def test_other_sizes_of_batches_of_the_same_corpora(tmp_path, mesh, monkeypatch):
+    """As from a config of that size, without opening anything again."""
+    monkeypatch.chdir(tmp_path)
+    for name, split in itertools.product("ab", ("train", "val")):
+        corpus_of(tmp_path / "data" / name, np.arange(500), block_size=4, split=split)
+    config, other = (config_of(dataset="a:0.75,b:0.25", eval_iters=2, batch_size=size) for size in (1, 3))
+    data, wanted = RunData(config, 4, mesh), RunData(other, 4, mesh)
+    monkeypatch.setattr(Corpus, "open", None)
+    found = data.resized(other)
+    for step in range(3):
+        np.testing.assert_array_equal(found.batch(step), wanted.batch(step))
+    assert found.tokens_per_step == wanted.tokens_per_step and data.train.rows != found.train.rows
+    for split, batches in wanted.eval_batches().items():
+        for a, b in zip(batches, found.eval_batches()[split], strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 # ---- Bad files

@@ -330,6 +330,14 @@ def test_every_problem_at_once(tiny_config, tmp_path, capsys):
     assert err.count("\n") == 4
 
 
+def test_figures_are_those_of_a_sound_config_alone(tiny_config, capsys):
+    def check():
+        raise UserError("another mistake")
+
+    assert dry_run(tiny_config(), 0, (check,)) == 2
+    assert capsys.readouterr() == ("", "error: another mistake\n")
+
+
 def test_it_needs_no_corpus(tiny_config, tmp_path, monkeypatch, capsys):
     """Its tokens may be made later; a data_dir that the user names should be there (above)."""
     monkeypatch.chdir(tmp_path)

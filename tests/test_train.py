@@ -421,6 +421,7 @@ MISTAKES = {
     "wrong type": (lambda m: m.run(n_layer="two"), "invalid integer value: 'two'"),
     "no such preset": (lambda m: ["--config", "configs/nothing.py"], "no preset file configs/nothing.py"),
     "no data": (lambda m: m.run(data_dir="nowhere"), "nowhere/train.bin does not exist; run its prepare.py"),
+    "no such corpus": (lambda m: m.run(data_dir="", dataset="openwebtex"), "holds it; did you mean openwebtext?"),
     "no validation data": (lambda m: m.corpus(val_bin=None), "val.bin does not exist; run its prepare.py"),
     "empty file": (lambda m: m.corpus(train_bin=b""), "train.bin is missing or empty"),
     "truncated file": (lambda m: m.corpus(train_bin=ids(1)[:-1]), "train.bin has 401 bytes, not 2 for each token"),

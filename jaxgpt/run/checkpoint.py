@@ -321,7 +321,8 @@ class Checkpoints:
         """
         self.wait()
         wanted = _flat(abstract_state)[0]
-        steps = [step for step in reversed(self.steps()) if isinstance(which, str) or step == which]
+        there = self.steps()
+        steps = [step for step in reversed(there) if isinstance(which, str) or step == which]
         best = _from_first(self._whole()[1]) if which == "best" else []
         problems, other_model = [], ""
         for step in dict.fromkeys(best + steps):
@@ -349,7 +350,9 @@ class Checkpoints:
             raise UserError(f"{self.folder} holds {what}: {other_model}; give the settings it was trained with")
         if problems:
             raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(problems)}")
-        raise UserError(f"no checkpoint{'' if isinstance(which, str) else f' {which}'} in {self.folder}; check out_dir")
+        named = "" if isinstance(which, str) else f" {which}"
+        hint = f"those there are {', '.join(map(str, there[-10:]))}" if there else "check out_dir"
+        raise UserError(f"no checkpoint{named} in {self.folder}; {hint}")
 
     def _read(self, step: int, wanted: dict[str, Any], optional: Collection[str]) -> tuple[dict, dict[str, jax.Array]]:
         """The record and the wanted arrays, all checked. Raises ValueError, on every process if on any; UserError where

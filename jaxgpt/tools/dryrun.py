@@ -99,11 +99,13 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
         chosen = attempt(lambda: choose_batch(fitting, mesh, vocab_size, eot, limit, need_at))
     parts = attempt(lambda: resolve(chosen[0] if chosen else auto or fitting, where, vocab_size, eot))
     state = mesh and parts and (chosen or not auto) and attempt(lambda: abstract_state(parts, mesh))
+    sound = not problems  # else these figures would be another run's
     if reported := state and attempt(lambda: report(parts, mesh, state, described, name, limit)):
         lines, lacking = reported
-        print("\n".join([*lines, chosen[1]] if chosen else lines))
+        if sound:
+            print("\n".join([*lines, chosen[1]] if chosen else lines))
         problems += [str(lacking)] if lacking else []
-        if absent:
+        if sound and absent:
             print(f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
