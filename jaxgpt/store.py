@@ -34,6 +34,7 @@ RETRIES = 6  # of a request that fails, each after up to twice the time of the o
 RETRY_S = 1.0  # before the first
 STALLED_S = 60  # a transfer that brings no byte for so long has failed
 APPEND_S = 10.0  # a file that grows is sent so often
+AGAIN_S = 1.0  # after an attempt that failed
 PART_BYTES = 2**18  # its parts; what has been sent of the last one is sent again
 CLOSE_S = 60.0  # how long its end may take
 PIECE_BYTES = 2**25  # of a download at a time
@@ -400,6 +401,8 @@ class Appender:
         with self._wanted:
             self._closing = True
             self._wanted.notify_all()
+        with _telling:
+            _failing.pop(self._path.parent, None)  # a later run of this process tells of its own
 
     def __enter__(self) -> "Appender":
         return self
@@ -428,13 +431,16 @@ class Appender:
                     self._hurry = self._hurry and self._total_sent < self._total
                     if self._sent >= PART_BYTES:
                         self._next_part()
-                elif not self._error:
-                    log.warning("%s: %s; what is new stays in memory until it can be", self._path, error.strerror)
                 self._error = error
                 self._attempts += 1
                 self._wanted.notify_all()
-                if error:
-                    self._wanted.wait_for(lambda: self._closing, 1.0)
+            if error is None:
+                succeeded(self._path)
+                continue
+            if failed(self._path):
+                log.warning("%s: %s; what is new stays in memory until it can be", self._path, error.strerror)
+            with self._wanted:
+                self._wanted.wait_for(lambda: self._closing, AGAIN_S)
 
     def _put(self, data: bytes) -> None:
         stamp = None
@@ -463,6 +469,31 @@ class Appender:
         """Begins a part with what has not been sent."""
         del self._text[: self._sent]
         self._part, self._stamp, self._sent = self._part + 1, ABSENT, 0
+
+
+# --- outages: one is said once, by the first write that fails, whatever else fails then ---
+
+_failing: dict[StorePath, dict[str, float]] = {}  # of each run's folder, what could not be written, and since when
+_telling = threading.Lock()
+
+
+def failed(path: StorePath) -> bool:
+    """Notes that a file or folder of a run cannot be written; whether that is the first of the run, to be said."""
+    with _telling:
+        first = path.parent not in _failing
+        _failing.setdefault(path.parent, {}).setdefault(path.name, time.monotonic())
+        return first
+
+
+def succeeded(path: StorePath) -> None:
+    """Notes that it was written. Says so if nothing of the run is failing any more."""
+    with _telling:
+        failing = _failing.get(path.parent, {})
+        since = min(failing.values(), default=0.0)
+        if failing.pop(path.name, None) is None or failing:
+            return
+        del _failing[path.parent]
+    log.warning("%s is written to again, after %d s", path.parent, time.monotonic() - since)
 
 
 def away(error: BaseException) -> str:

@@ -44,6 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm, wbufsize = True, -1  # else headers wait 40 ms for the answer's body to follow
 
     def log_message(self, *args):
         """Nothing."""

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -67,9 +68,10 @@ def out(request, proxy, servers):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A lease of a second, lines sent at once."""
+    """A lease of a second, lines sent at once, and soon again."""
     monkeypatch.setenv("JAXGPT_LEASE", "1")
     monkeypatch.setattr(store, "APPEND_S", 0.02)
+    monkeypatch.setattr(store, "AGAIN_S", 0.05)
 
 
 def state(value=0.0):
@@ -205,6 +207,28 @@ def test_a_store_that_is_away_costs_no_line(proxy, out, quick, caplog):
         file.sync()
         file.write("4\n")
     assert path.read_text() == "1\n2\n3\n4\n" and caplog.text.count("stays in memory") == 1
+
+
+def test_an_outage_is_said_once(proxy, out, quick, caplog):
+    """And its end, by the last file or checkpoint that can be written again. Each checkpoint that is lost is said."""
+    checkpoints = Checkpoints(out)
+    with store.append(out / "events.jsonl") as events, store.append(out / "metrics.jsonl") as metrics:
+        proxy.fault = lambda method, path: 503
+        for file in (events, metrics):
+            file.write("1\n")
+            with pytest.raises(OSError, match="503"):
+                file.sync()
+        for step in (1, 2):
+            checkpoints.save(step, state(step), {})
+            assert not checkpoints.wait()
+        proxy.fault = lambda method, path: None
+        events.sync()
+        save(checkpoints, 3)
+        metrics.sync()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("jaxgpt")]
+    assert len(said) == 4 and "events.jsonl" in said[0] and said[0].endswith("stays in memory until it can be")
+    assert "CHECKPOINT 1 NOT SAVED" in said[1] and "CHECKPOINT 2 NOT SAVED" in said[2]
+    assert f"{out} is written to again, after " in said[3]
 
 
 def test_a_write_whose_answer_was_lost_doubles_no_line(proxy, out, quick):
@@ -469,12 +493,28 @@ def test_bad_input_is_one_line_before_anything_is_compiled(servers, scheme, tiny
     assert store.folder(f"{scheme}://{BUCKET}/run").objects() == []
 
 
-def test_killed_processes_go_on_from_a_store(tmp_path):
-    """Two, killed at once, end as two that were not, to the bit: the short form of scripts/faults."""
+def test_killed_processes_go_on_from_a_store(servers, tmp_path, monkeypatch):
+    """Two, killed at once. A second life does again what the first did after its checkpoint, to the bit.
+
+    `scripts/faults store` kills at random moments, and compares the end with a run on a disk.
+    """
     loader = importlib.machinery.SourceFileLoader("faults", str(Path(__file__).parents[1] / "scripts" / "faults"))
     faults = importlib.util.module_from_spec(importlib.util.spec_from_loader("faults", loader))
     loader.exec_module(faults)
-    faults.store(tmp_path, times=1, steps=120, every=20, only="processes", schemes="s3", seed=1)
+    monkeypatch.setenv("JAXGPT_LEASE", "3")
+    values = dict(max_iters=45, eval_interval=15, eval_iters=2)
+    folder, data = store.folder(f"s3://{BUCKET}/killed/run"), faults.make_tokens(tmp_path / "data")
+    run = faults.Run(folder, data, 2, faults={"pace": 0.05}, **values).start()
+    assert run.wait_for("^step 30: saved"), run.errors
+    assert set(run.end(signal.SIGKILL)) == {-signal.SIGKILL} and run.steps() == [15, 30]
+    arrays, rows = run.record(30)["arrays"], [row for row in run.rows() if row["step"] <= 30]
+    (folder / "checkpoints/30/record.json").unlink()  # as if they had been killed before it counted
+    run.faults = {}
+    run.complete()
+    assert "resuming at step 15" in "\n".join(run.lines[0]) and run.steps() == [30, 45]
+    assert run.record(30)["arrays"] == arrays and run.rows()[: len(rows)] == rows
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(1, 46))
+    faults.require_tidy(run)
 
 
 # --- corpora ---

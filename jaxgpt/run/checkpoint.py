@@ -104,7 +104,7 @@ class Checkpoints:
         self._first = jax.process_index() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None
-        self._slow = -1  # the step of the save that others were left out for
+        self._left_out, self._slow = 0, False  # saves since the last one begun; whether that has been said
         self._saved = Saved(-1, {})
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
@@ -179,17 +179,18 @@ class Checkpoints:
         where processes no longer hold the same state.
 
         last: False where the run goes on and saves again. To an object store, which may be slower than the run, such a
-        save is left out while the one before it is still being written, which is said once.
+        save is left out while the one before it is still being written, which is said once, until it no longer happens.
         """
         if not last and self._place.may_be_slow and self._pending:
             future, under_way = self._pending.future, self._pending.step
             if not everywhere(future is None or future.done()):
-                if self._first and self._slow != under_way:
+                if self._first and not self._slow:
                     log.warning(
                         "no checkpoint at %d, while %d is still being written to %s", step, under_way, self.folder
                     )
-                self._slow = under_way
+                self._left_out, self._slow = self._left_out + 1, True
                 return
+        self._left_out, self._slow = 0, self._slow and self._left_out > 0
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))
         on_disk = self._saved.step == step
@@ -255,6 +256,8 @@ class Checkpoints:
             if self._first and not done and not (self._lock and self._lock.lost()):
                 with contextlib.suppress(OSError):
                     self._place.abandon(record["step"])  # a full disk needs the room
+            if self._first and isinstance(self.folder, store.StorePath):
+                (store.succeeded if done else store.failed)(self.folder)
             self._place.part(done)
 
     def _commit(self, record: dict) -> None:
@@ -291,7 +294,7 @@ class Checkpoints:
         self.failure = "" if error is None else _brief(error)
         if self._ok:
             self._saved = Saved(step, info)
-        elif error is not None or self._first:
+        elif self._first or (error is not None and isinstance(self.folder, Path)):  # a store fails all
             why = self.failure or "another process failed"
             kept = self._saved.step
             then = f"the newest on disk is {kept}" if kept >= 0 else "there is none on disk yet"
