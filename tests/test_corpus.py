@@ -203,6 +203,16 @@ def test_fast(jsonl, expected, tmp_path, workers):
     for split in ("train", "val"):
         assert tokens_of(tmp_path / "out", split) == expected[split]
     build(Files([str(jsonl)], val_fraction=0.1), tmp_path / "out", workers=1)  # finds the same corpus
+    odd = [*DOCUMENTS[:3], "not the <|endoftext|> end", "half a pair: \ud83d"]  # a chunk that tiktoken has to take
+    build(
+        Files([str(write_jsonl(tmp_path / "odd.jsonl", odd))], val_fraction=1e-9),
+        tmp_path / "odd",
+        workers=workers,
+        fast=True,
+        first_shard_is_val=True,
+        shard_tokens=9,
+    )
+    assert tokens_of(tmp_path / "odd", "val") + tokens_of(tmp_path / "odd", "train") == plain_loop(odd)
     with pytest.raises(UserError, match="--fast is for GPT-2's tokens"):
         build(Files([str(jsonl)]), tmp_path / "other", tokenizer="t.json", fast=True)
 

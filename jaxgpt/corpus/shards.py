@@ -17,7 +17,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -299,12 +299,12 @@ def _encoded(
     chunks: Iterator[list[Piece]], workers: int, *tokenizer: Any
 ) -> Generator[tuple[Piece, Tokens], None, None]:
     """The first piece of each chunk, and the chunk's tokens; in order; 2·workers + 2 chunks at most are under way."""
-    if workers == 1:
+    pool: Executor
+    if workers == 1:  # a thread: tokenizers let go of the GIL
         _set_tokenizer(*tokenizer)
-        yield from ((chunk[0], _encode(chunk)) for chunk in chunks)
-        return
-    # spawn: to fork a process that has threads, as pyarrow's, may hang
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, tokenizer)
+        pool = ThreadPoolExecutor(1)
+    else:  # spawn: to fork a process that has threads, as pyarrow's, may hang
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, tokenizer)
     try:
         jobs = ((chunk[0], _submit(pool, chunk)) for chunk in chunks)
         ahead = deque(islice(jobs, 2 * workers + 1))
@@ -318,7 +318,7 @@ def _encoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, chunk: list[Piece]) -> Future[Tokens]:
+def _submit(pool: Executor, chunk: list[Piece]) -> Future[Tokens]:
     """Processes that this starts inherit the mask: Ctrl-C, which a terminal sends to all, is for the main one alone."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -350,6 +350,8 @@ def _end_with_parent() -> None:
 def _encode(chunk: list[Piece]) -> Tokens:
     """In the type of the files."""
     arrays, dtype = [], np.dtype(token_dtype(_tokenizer.vocab_size)).newbyteorder("<")
+    if (ids := _tokenizer.encode_documents([(piece.text, piece.end) for piece in chunk])) is not None:
+        return ids.astype(dtype)
     for piece in chunk:
         try:
             arrays.append(_tokenizer.encode_array(piece.text, piece.before, piece.after))

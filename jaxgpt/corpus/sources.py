@@ -264,7 +264,7 @@ def _read_parquet(f: io.BufferedIOBase, path: str, field: str) -> Iterator[tuple
     with parquet.ParquetFile(f, buffer_size=PIECE) as table:
         if field not in table.schema_arrow.names:
             raise UserError(f"{path} has no column {field!r}; set --field to one of {table.schema_arrow.names}")
-        rows = (row for batch in table.iter_batches(16, columns=[field]) for row in batch.column(0))
+        rows = (row for batch in table.iter_batches(16, columns=[field], use_threads=False) for row in batch.column(0))
         for number, row in enumerate(rows):
             try:
                 text = row.as_py()
