@@ -41,6 +41,7 @@ from jaxgpt.tokenizer import (
     check_same_language,
     copy_tokenizer,
     corpus_meta,
+    known_token_bytes,
     load_tokenizer,
     read_meta,
 )
@@ -572,6 +573,20 @@ class RunData:
     def eval_weights(self) -> dict[str, Float[np.ndarray, "calls A"]]:
         """For each split the weights of its batches' mean losses in the split's loss; they sum to 1."""
         return {split: np.concatenate([weights for _, weights in parts]) for split, parts in self._eval.items()}
+
+    def bytes_per_target(self) -> float | None:
+        """The mean UTF-8 bytes of the text of an evaluation's targets, weighted as their losses are.
+
+        None where that is not known: see tokenizer.known_token_bytes.
+        """
+        lengths, mean = known_token_bytes(self.meta, self._folder), 0.0
+        if lengths is None:
+            return None
+        for batches, weights in self._eval["val"]:
+            for call, of_call in enumerate(weights):
+                targets = batches.rows_at(call, 0, batches.rows)[:, 1:]
+                mean += float(lengths.take(targets, mode="clip").reshape(len(of_call), -1).mean(axis=1) @ of_call)
+        return mean or None
 
     def facts(self) -> dict[str, str]:
         """What tells these corpora from others: what their ids mean, their share of a mixture, and each file."""

@@ -375,6 +375,28 @@ def test_evaluations_of_a_run(folder, tmp_path, mesh, monkeypatch, eval_iters):
         assert np.isclose(means["val"], 0.75 * means["val_a"] + 0.25 * means["val_b"])
 
 
+@pytest.mark.parametrize("eval_iters", [0, 7])
+def test_bytes_of_an_evaluations_targets(folder, tmp_path, mesh, eval_iters):
+    """The text of the targets, in bytes for each of them, special tokens having none; of tokens without a text none."""
+    itos = ["a", "é", "語", "🙂", "", "b", "c"]
+    tokens = np.random.default_rng(0).integers(0, len(itos), 1001)
+    for split in ("train", "val"):
+        corpus_of(tmp_path, tokens, block_size=4, split=split)
+    config = config_of(data_dir=str(tmp_path), eval_iters=eval_iters)
+    assert RunData(config, 4, mesh, vocab_size=7).bytes_per_target() is None
+    write_meta(tmp_path, Meta(7, "words", itos=itos))
+    data = RunData(config, 4, mesh)
+    targets = [np.asarray(call)[0, ..., 1:].reshape(len(w), -1) for call, w in zip(
+        data.eval_batches()["val"], data.eval_weights()["val"], strict=True)]  # fmt: skip
+    lengths = np.array([len(text.encode()) for text in itos])
+    mean = sum(
+        float(w @ lengths[of_call].mean(-1)) for of_call, w in zip(targets, data.eval_weights()["val"], strict=True)
+    )
+    assert data.bytes_per_target() == pytest.approx(mean)
+    if eval_iters == 0:
+        assert mean == pytest.approx(lengths[tokens[1:1001]].mean())
+
+
 # ---- What a run was trained on
 
 

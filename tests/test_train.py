@@ -169,8 +169,9 @@ def test_the_runs_folder(finished, token_folder):
 def test_what_metrics_jsonl_says(finished):
     for row in rows(finished):
         if "val_loss" in row:
-            assert set(row) == {"step", "train_loss", "val_loss", "val_ppl", "tokens", "wall_s"}
+            assert set(row) == {"step", "train_loss", "val_loss", "val_ppl", "val_bpb", "tokens", "wall_s"}
             assert row["val_ppl"] == pytest.approx(np.exp(row["val_loss"]))
+            assert row["val_bpb"] == pytest.approx(row["val_loss"] / np.log(2))  # characters of one byte each
         else:
             speed = set(row) - {"step", "loss", "lr", "grad_norm", "tokens", "wall_s"}
             assert speed in (set(), {"step_ms", "tokens_per_s"})
@@ -189,7 +190,7 @@ def test_what_is_printed(arguments, tmp_path, capsys):
     assert "tensor=1, float32\nattention: plain · loss: plain · norm: plain · products: float32\n" in out
     assert f"starting at step 0 of 8, in {tmp_path / 'run'}" in out
     number = r"\d\.\d{4}"
-    steps = re.findall(rf"^step (\d+): train loss {number}, val loss {number}$", out, re.MULTILINE)
+    steps = re.findall(rf"^step (\d+): train loss {number}, val loss {number}, val bpb {number}$", out, re.MULTILINE)
     iters = re.findall(rf"^iter (\d+): loss {number}(?:, time \d+\.\d\dms)?$", out, re.MULTILINE)
     assert steps == ["0", "4", "8"] and iters == ["2", "4", "6", "8"]
     assert re.search(r"^iter 4: .*, time ", out, re.MULTILINE)
@@ -250,12 +251,13 @@ def test_a_finished_run_resumed_stays_as_it_is(finished, arguments, tmp_path, me
 def test_eval_only_writes_nothing(finished, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(arguments(tmp_path / "fresh", eval_only=True))
-    assert re.fullmatch(r"eval: train loss 3\.\d{4}, val loss 3\.\d{4}\n", capsys.readouterr().out)
+    assert re.fullmatch(r"eval: train loss 3\.\d{4}, val loss 3\.\d{4}, val bpb 4\.\d{4}\n", capsys.readouterr().out)
     out = shutil.copytree(finished, tmp_path / "run")
     before = contents(tmp_path)
     main(arguments(out, eval_only=True, init_from="resume"))
     (last,) = [row for row in rows(out) if row["step"] == 8 and "val_loss" in row]
-    assert capsys.readouterr().out == f"eval: train loss {last['train_loss']:.4f}, val loss {last['val_loss']:.4f}\n"
+    shown = ", ".join(f"{key.replace('_', ' ')} {last[key]:.4f}" for key in ("train_loss", "val_loss", "val_bpb"))
+    assert capsys.readouterr().out == f"eval: {shown}\n"
     assert contents(tmp_path) == before
 
 

@@ -1,5 +1,6 @@
 """A run's own evaluations: mean losses of fixed batches of each split, or of the whole validation split; eval_tasks."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -25,6 +26,7 @@ class Evaluation:
 
     def __init__(self, parts: Parts, data: RunData, mesh: Mesh):
         self._data, self._batches, self._weights = data, None, data.eval_weights()
+        self._bytes_per_target: float | None = None
         self._step = make_eval_step(parts.model, mesh)
         files = parse_tasks(parts.run.eval_tasks)
         self._tasks = {name: load_task(name, file, data.tokenizer) for name, file in files.items()}
@@ -35,6 +37,7 @@ class Evaluation:
         """The scores by name. `check` is called every few batches, and may raise."""
         if self._batches is None:
             self._batches = self._data.eval_batches()
+            self._bytes_per_target = self._data.bytes_per_target()
             self._step = self._step.lower(params, self._batches["val"][0]).compile()
             agree("compiled evaluation", {})
         scores, total = {}, sum(map(len, self._batches.values()))
@@ -48,6 +51,8 @@ class Evaluation:
                     bar.update()
                 scores[f"{split}_loss"] = float(np.sum(self._weights[split] * np.array(losses, np.float64)))
         scores["val_ppl"] = perplexity(scores["val_loss"])
+        if self._bytes_per_target:  # unlike evaluate's with the losses of special tokens, which have no bytes
+            scores["val_bpb"] = scores["val_loss"] / math.log(2) / self._bytes_per_target
         for name, task in self._tasks.items():
             scores |= {f"{name}_{k}": v for k, v in task.run(self._scorer, params, check).items()}
         return scores
