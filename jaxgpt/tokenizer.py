@@ -72,7 +72,7 @@ class Tokenizer:
         """The text of these ids, with U+FFFD for bytes that are no UTF-8."""
         raise NotImplementedError
 
-    def meanings(self) -> list[Meaning]:
+    def meanings(self) -> Sequence[Meaning]:
         """What each id means."""
         raise NotImplementedError
 
@@ -169,7 +169,11 @@ class GPT2Tokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._bpe.decode(list(ids))
 
-    def meanings(self) -> list[Meaning]:
+    def meanings(self) -> list[bytes]:
+        path = _cached_gpt2_file("encoder.json")
+        if path and path.is_file():  # tiktoken itself would take 0.2 s to begin
+            ids = from_json(path.read_bytes())
+            return [byte_level(token) for token in sorted(ids, key=ids.__getitem__)]
         return [self._bpe.decode_single_token_bytes(i) for i in range(self.vocab_size)]
 
     @functools.cached_property
@@ -224,14 +228,7 @@ class FastGPT2Tokenizer(GPT2Tokenizer):
 
     @functools.cached_property
     def _ranks(self) -> bytes:
-        """tiktoken's format, by tiktoken's cache alone if it can be: tiktoken itself takes 0.2 s to begin."""
-        path = _cached_gpt2_file("encoder.json")
-        if path and path.is_file():
-            ids = from_json(path.read_bytes())
-            tokens = map(byte_level, sorted(ids, key=ids.__getitem__)[: self.eot])
-        else:
-            tokens = map(self._bpe.decode_single_token_bytes, range(self.eot))
-        return b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(self.meanings()[:-1]))
 
 
 def own_memory() -> int | None:
