@@ -108,8 +108,9 @@ def user_error(error: BaseException) -> UserError | None:
     if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
         found = text.partition("RESOURCE_EXHAUSTED: ")[2][:200] or "no memory is left"
         return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
-    if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
-        return UserError(f"{text[:300]}; unset JAX_PLATFORMS, or name what this machine has: cpu")
+    if isinstance(error, RuntimeError) and re.search("Unable to initialize backend|^Unknown backend", text):
+        hint = "unset JAX_PLATFORMS and JAX_PLATFORM_NAME, or name what this machine has: cpu"
+        return UserError(f"{text[:300]}; {hint}")
     if isinstance(error, ValueError) and "Disable jit is not supported" in text:
         return UserError("JAX_DISABLE_JIT is set, and this compiles what it computes; unset it")
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -144,6 +144,11 @@ def test_a_variable_that_a_library_refuses_is_one_line(name):
     assert done.returncode == 2 and re.fullmatch(line, done.stderr)
 
 
+def test_a_backend_that_there_is_not_is_one_line():
+    error = RuntimeError("Unknown backend tpu. Available backends are ['cpu']")
+    assert "Available backends are ['cpu']; unset JAX_PLATFORMS and" in str(user_error(error))
+
+
 def test_a_bug_is_no_refused_variable(monkeypatch):
     monkeypatch.setenv("SOME_NAME", "7")
     for text, found in ("SOME_NAME is wrong", True), ("some_name is 7", False), ("7", False):
