@@ -502,18 +502,22 @@ def test_killed_processes_go_on_from_a_store(servers, tmp_path, monkeypatch):
     faults = importlib.util.module_from_spec(importlib.util.spec_from_loader("faults", loader))
     loader.exec_module(faults)
     monkeypatch.setenv("JAXGPT_LEASE", "3")
-    values = dict(max_iters=45, eval_interval=15, eval_iters=2)
+    values = dict(eval_interval=15, eval_iters=2, lr_decay_iters=100)
     folder, data = store.folder(f"s3://{BUCKET}/killed/run"), faults.make_tokens(tmp_path / "data")
-    run = faults.Run(folder, data, 2, faults={"pace": 0.05}, **values).start()
-    assert run.wait_for("^step 30: saved"), run.errors
-    assert set(run.end(signal.SIGKILL)) == {-signal.SIGKILL} and run.steps() == [15, 30]
-    arrays, rows = run.record(30)["arrays"], [row for row in run.rows() if row["step"] <= 30]
-    (folder / "checkpoints/30/record.json").unlink()  # as if they had been killed before it counted
-    run.faults = {}
+    run = faults.Run(folder, data, 2, faults={"pace": 0.05}, max_iters=10_000, **values).start()
+    try:
+        assert run.wait_for(r"^step \d+: saved") and run.wait_for(rf"^step (?!{run.steps()[0]}:)\d+: saved"), run.errors
+    finally:
+        statuses = run.end(signal.SIGKILL)
+    assert set(statuses) == {-signal.SIGKILL}
+    before, end = run.steps()[-2:]
+    arrays, rows = run.record(end)["arrays"], [row for row in run.rows() if row["step"] <= end]
+    (folder / f"checkpoints/{end}/record.json").unlink()  # as if they had been killed before it counted
+    run.faults, run.flags = {}, [f"--config.max_iters={end}"]
     run.complete()
-    assert "resuming at step 15" in "\n".join(run.lines[0]) and run.steps() == [30, 45]
-    assert run.record(30)["arrays"] == arrays and run.rows()[: len(rows)] == rows
-    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(1, 46))
+    assert f"resuming at step {before} of {end}" in "\n".join(run.lines[0])
+    assert run.record(end)["arrays"] == arrays and run.rows() == rows
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, end + 1))
     faults.require_tidy(run)
 
 
