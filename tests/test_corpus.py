@@ -213,6 +213,10 @@ def test_fast(jsonl, expected, tmp_path, workers):
         shard_tokens=9,
     )
     assert tokens_of(tmp_path / "odd", "val") + tokens_of(tmp_path / "odd", "train") == plain_loop(odd)
+    with pytest.raises(UserError, match="--eot=</s> is for a tokenizer.json"):
+        build(Files([str(jsonl)]), tmp_path / "other", eot="</s>")
+    with pytest.raises(UserError, match="there is no tokenizer gpt3; give gpt2, or the path"):
+        build(Files([str(jsonl)]), tmp_path / "other", tokenizer="gpt3")
     with pytest.raises(UserError, match="--fast is for GPT-2's tokens"):
         build(Files([str(jsonl)]), tmp_path / "other", tokenizer="t.json", fast=True)
 

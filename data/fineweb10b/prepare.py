@@ -5,7 +5,6 @@ again after a stop, it goes on where it was; with more --files it gets those tha
 """
 
 import hashlib
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 from jaxgpt import UserError, local_path, optional
 from jaxgpt.cli import Parser, integer, run_main
+from jaxgpt.corpus.shards import in_files
+from jaxgpt.corpus.sources import silence
 from jaxgpt.data import header_bytes
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE, Meta, read_meta, write_meta
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
     about = {"source": f"{REPOSITORY} of the Hugging Face hub", "shards": shards, "settings": SETTINGS}
     write_meta(args.out_dir, Meta(GPT2_VOCAB_SIZE, eot=GPT2_VOCAB_SIZE - 1, **about))
     for split, files in shards.items():
-        print(f"{args.out_dir}: {split} has {sum(file['tokens'] for file in files):,} tokens in {len(files)} files")
+        print(f"{args.out_dir}: {split} has {in_files(files)}")
 
 
 def records(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -58,8 +59,8 @@ def download(name: str, folder: Path) -> None:
     """One file of the repository. UserError without network or library."""
     hub = optional("huggingface_hub", "jaxgpt[data]", f"fetching {REPOSITORY}")
     errors = optional("huggingface_hub.errors", "jaxgpt[data]", f"fetching {REPOSITORY}")
+    silence("huggingface_hub")  # its retries are twelve lines
     http_error = errors.HfHubHTTPError.__bases__[0]  # of the client underneath: httpx in 1.x, httpx2 in 2.x
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are six lines
     made = [path for path in (folder / ".cache" / "huggingface", folder / ".cache", folder) if not path.exists()]
     try:
         hub.hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=folder)

@@ -18,7 +18,7 @@ from jaxgpt.cli import Parser, run_main
 from jaxgpt.corpus import shards
 from jaxgpt.corpus.sources import decode_text, pip_download
 from jaxgpt.store import AnyPath
-from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, write_meta
+from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, read_meta, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 ORIGINAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -63,6 +63,8 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     tokenizer = bpe or CharTokenizer(sorted(set(text)))
     meta = meta_for(tokenizer, tokenizer_name, source=source, settings={"text_sha256": digest})
     shards.recorded(args.out_dir, "shakespeare", meta.settings)
+    if (there := read_meta(args.out_dir)) and there.identity != meta.identity:
+        raise UserError(f"{args.out_dir} holds this text as {there.describe()}; move it away or set --out_dir")
     cut = int(len(text) * 0.9)
     with shards.half_made(args.out_dir, "shakespeare", meta.settings, []):
         # neither file appears before there is room for both

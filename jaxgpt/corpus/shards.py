@@ -33,6 +33,7 @@ from jaxgpt.corpus.sources import PIECE, Piece, Source
 from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import (
     DAMAGE,
+    ENDOFTEXT,
     PROGRESS,
     FastGPT2Tokenizer,
     JsonTokenizer,
@@ -75,8 +76,9 @@ def build(
     if workers is None:  # the fast tokenizer keeps up with the process that reads, so half of them would wait
         cores = int(getattr(os, "process_cpu_count", os.cpu_count)() or 1)
         workers = max(1, cores // 2) if fast else cores
-    if shard_tokens < 1 or workers < 1:
-        raise UserError(f"shard_tokens={shard_tokens} and workers={workers} must be at least 1")
+    for key, value in {"shard_tokens": shard_tokens, "workers": workers}.items():
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
     if workers > MOST_WORKERS:
         raise UserError(f"workers={workers} must be at most {MOST_WORKERS}; one for each core is best")
     bpe, name = make_tokenizer(tokenizer, eot, fast), "gpt2"
@@ -134,16 +136,23 @@ def build(
                 raise UserError(f"the text is too short to give any to {split}; see --help for how validation is drawn")
         write_meta(out, meta_for(bpe, name, source=source.name, shards=shards, settings=settings))
     for split in shards:
-        print(f"{out}: {split} has {sum(r['tokens'] for r in shards[split]):,} tokens in {len(shards[split])} files")
+        print(f"{out}: {split} has {in_files(shards[split])}")
+
+
+def in_files(records: list[Record]) -> str:
+    """How many tokens shards have, for people."""
+    return f"{sum(r['tokens'] for r in records):,} tokens in {len(records)} file{'s' * (len(records) != 1)}"
 
 
 def make_tokenizer(name: str, eot: str | None = None, fast: bool = False) -> Tokenizer:
     """gpt2, or the tokenizer.json of that path. UserError if it has no end-of-text token and `eot` names none."""
-    if fast:
-        if name != "gpt2":
-            raise UserError(f"--fast is for GPT-2's tokens, not for {name}; leave it out")
-        return FastGPT2Tokenizer()
-    tokenizer = gpt2() if name == "gpt2" else JsonTokenizer(local_path(name), eot)
+    if name == "gpt2" and eot not in (None, ENDOFTEXT):
+        raise UserError(f"--eot={eot} is for a tokenizer.json; with GPT-2's tokens documents end with {ENDOFTEXT}")
+    if fast and name != "gpt2":
+        raise UserError(f"--fast is for GPT-2's tokens, not for {name}; leave it out")
+    if name != "gpt2" and not local_path(name).is_file():
+        raise UserError(f"there is no tokenizer {name}; give gpt2, or the path of a tokenizer.json")
+    tokenizer = FastGPT2Tokenizer() if fast else gpt2() if name == "gpt2" else JsonTokenizer(local_path(name), eot)
     if tokenizer.eot is None:
         raise UserError(f"{name} has no usual end-of-text token; name its token that ends a document with --eot")
     return tokenizer

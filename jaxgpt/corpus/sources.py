@@ -9,8 +9,10 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -125,6 +127,7 @@ def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, row
     no longer runs, is taken from the branch where the hub converts it to parquet.
     """
     datasets = optional("datasets", "jaxgpt[data]", hub)
+    silence("datasets", "huggingface_hub")
     source = " ".join(inputs or [hub])
     try:
         if inputs:
@@ -143,6 +146,13 @@ def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, row
     if rows and not inputs and len(data) != rows:
         raise UserError(f"{hub} has {len(data):,} rows instead of {rows:,}; name all its .parquet files with --input")
     return data
+
+
+def silence(*libraries: str) -> None:
+    """Takes what these libraries log, retries and the errors that they raise besides, from stderr."""
+    for name in libraries:
+        importlib.import_module(f"{name}.utils.logging")  # sets the level itself, when it is first imported
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def pip_download(requirement: str) -> zipfile.ZipFile:
