@@ -113,6 +113,8 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(f"{text[:300]}; {hint}")
     if isinstance(error, ValueError) and "Disable jit is not supported" in text:
         return UserError("JAX_DISABLE_JIT is set, and this compiles what it computes; unset it")
+    if isinstance(error, RuntimeError) and (forbids := re.search(r"\b(no_(?:execution|tracing))'? .*is set", text)):
+        return UserError(f"JAX_{forbids[1].upper()} is set, and this is to compute; unset it")
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, AssertionError) and modules[-1:] == ["jax._src.xla_bridge"]:  # a plugin is missing, as cuda's
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,6 +148,15 @@ def test_a_variable_that_a_library_refuses_is_one_line(name):
 def test_a_backend_that_there_is_not_is_one_line():
     error = RuntimeError("Unknown backend tpu. Available backends are ['cpu']")
     assert "Available backends are ['cpu']; unset JAX_PLATFORMS and" in str(user_error(error))
+
+
+def test_settings_of_jax_that_forbid_it_to_compute_are_one_line():
+    """Here for as long as the test lasts; in the environment they are in force from the start."""
+    with jax.no_tracing(), pytest.raises(RuntimeError) as error:
+        jax.jit(lambda x: 3 * x)(1.0)
+    assert str(user_error(error.value)) == "JAX_NO_TRACING is set, and this is to compute; unset it"
+    execution = RuntimeError("JAX tried to execute function jit(f), but the no_execution config option is set")
+    assert str(user_error(execution)) == "JAX_NO_EXECUTION is set, and this is to compute; unset it"
 
 
 def test_a_bug_is_no_refused_variable(monkeypatch):

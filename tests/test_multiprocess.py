@@ -233,10 +233,15 @@ def test_a_killed_and_a_stopped_process_end_the_others(pair, token_folder, tmp_p
     have a copy of the data each."""
     own = shutil.copytree(token_folder, tmp_path / "own data")
     killed, stopped, suspended = pair("killed", f"--config.data_dir={own}"), pair("stopped"), pair("suspended")
-    for each in (killed, stopped, suspended):
+    headless = pair("headless")
+    for each in (killed, stopped, suspended, headless):
         each.wait_for_steps()
     for process in suspended.processes:
         process.send_signal(signal.SIGSTOP)
+    headless.processes[0].send_signal(signal.SIGKILL)
+    assert headless.end(1, within=LIMIT_S) == [76]
+    lost = "(E.*\n)?error: process 0 went away .*: it ended or was cut off\n"  # a line of JAX's
+    assert re.fullmatch(lost, headless.said(1)), headless.said(1)
     killed.processes[1].send_signal(signal.SIGKILL)
     stopped.processes[1].send_signal(signal.SIGSTOP)
     silent = "error: process 1 on .* gave no sign of life for 40 s: it was killed, stopped or cut off\n"

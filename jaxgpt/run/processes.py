@@ -28,6 +28,7 @@ from jax._src import clusters, distributed
 
 from jaxgpt import Unavailable, UserError, __version__, user_error
 from jaxgpt.console import complain, settle
+from jaxgpt.run import coordinator
 from jaxgpt.run.clock import RunClock
 from jaxgpt.run.launchers import find_cluster
 
@@ -73,7 +74,7 @@ class Processes:
     def __enter__(self) -> "Processes":
         _outlive_no_launcher()
         cluster = find_cluster()
-        self._several = cluster is not None and _connect(cluster, start_timeout())
+        self._several = cluster is not None and _connect(cluster, start_timeout(), self._lose_coordinator)
         if self._several:
             watched = range(1, joined.num_processes) if joined.process_id == 0 else [0]
             self._heard = dict.fromkeys(watched, ("", self._clock.now()))
@@ -125,6 +126,14 @@ class Processes:
                     why = f"gave no sign of life for {SILENT_S:.0f} s: it was killed, stopped or cut off"
                     self._end(STALLED, f"process {process}{on} {why}", publish=process > 0)
 
+    def _lose_coordinator(self) -> None:
+        """By a thread of JAX's client, when its connection breaks."""
+        late = threading.Timer(LINGER_S, os._exit, (STALLED,))  # should another thread be ending this process, in vain
+        late.daemon = True
+        late.start()
+        at = joined.coordinator_address
+        self._end(STALLED, f"process 0 went away (the coordinator, {at}): it ended or was cut off", publish=False)
+
     def _end(self, status: int, message: str, error: BaseException | None = None, publish: bool = True) -> None:
         """Exits with the cause of the first failure: this one, unless another process has published its own.
 
@@ -170,8 +179,9 @@ def _outlive_no_launcher() -> None:
     threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
-def _connect(cluster: dict[str, Any], timeout: float) -> bool:
-    """Connects this process to the others. False where there are none: a TPU need not belong to a pod."""
+def _connect(cluster: dict[str, Any], timeout: float, lost: Callable[[], object] = os.abort) -> bool:
+    """Connects this process to the others. False where there are none: a TPU need not belong to a pod. lost: called by
+    a thread when the coordinator is lost."""
     # JAX aborts the process when its own time is up; ours comes first and says why
     known: dict[str, Any] = {"process_id": cluster.get("process_id")}
     alarm = threading.Timer(timeout, _nobody_came, (timeout, known))
@@ -184,12 +194,13 @@ def _connect(cluster: dict[str, Any], timeout: float) -> bool:
             _check_numbers(known["coordinator_address"], known["num_processes"], known["process_id"])
         if known["process_id"] == 0:
             _check_port(known["coordinator_address"])
-        jax.distributed.initialize(
-            **known,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(timeout) + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-        )
+        with coordinator.watched(lost):
+            jax.distributed.initialize(
+                **known,
+                cluster_detection_method="deactivate",
+                initialization_timeout=int(timeout) + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_S,
+            )
         return True
     except (RuntimeError, ValueError, LookupError, OSError) as error:
         if not cluster and known.get("coordinator_address") is None:
