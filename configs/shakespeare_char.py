@@ -1,7 +1,7 @@
 """A character-level GPT on Shakespeare: nanoGPT's config/train_shakespeare_char.py, and `:cpu`, its recipe for a CPU.
 
 10.7M parameters, 16,384 tokens a step, 5,000 steps; `:cpu` 0.8M parameters, 768 tokens a step, 2,000 steps. `:fast` and
-`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 440 and 640 steps.
+`:cpu-fast` are the modern model of as many layers and the same width under Muon, in 440 and 840 steps.
 """
 
 from jaxgpt.config import default_config
@@ -66,6 +66,6 @@ def get_config(size: str = "full"):
         c.weight_decay = 0.0
         c.beta2 = 0.95
         c.cooldown = 0.8
-        c.eval_interval = 160
-        c.max_iters = c.lr_decay_iters = 640
+        c.eval_interval = 168
+        c.max_iters = c.lr_decay_iters = 840
     return c
