@@ -1,12 +1,13 @@
 """Corpora from object stores in a local folder: each file fetched once a host, its digest checked, then memory-mapped.
 
 `data_cache/<hash of the folder's name and the object's generation>/<file>`: another content under the same name is
-another entry. Processes of a host take turns at an entry by file locks. The whole is kept below a bound: entries that
-no process uses go, those longest unused first.
+another entry. Processes take turns at an entry by file locks. The whole is kept below a bound: entries that no process
+uses go, those longest unused first. On a file system without locks none goes, and a file may be fetched twice at once.
 """
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from jaxgpt import UserError, local_path, store
+from jaxgpt import FULL, Unavailable, UserError, local_path, store
 from jaxgpt.store import StorePath
 
 try:
@@ -24,7 +25,10 @@ try:
 except ImportError:  # Windows: let one process at a time use a cache
     fcntl = None
 
+log = logging.getLogger(__name__)
+
 THREADS = 8  # that fetch at a time
+CHECKED_BYTES = 64 << 20  # a local copy up to this size has its digest checked each time it is found (about 50 ms)
 USED = ".used"  # an entry's file that whoever uses it holds a shared lock on; its time is that of the last use
 
 
@@ -47,8 +51,8 @@ class Cache:
     def fetch(self, files: Sequence[StorePath], sha256: dict[str, str], sizes: dict[str, int]) -> Future[list[Path]]:
         """Begins to make local copies of the files, where they are not there yet. sha256, sizes: by name, if known.
 
-        Raises UserError where they do not fit the bound. The result raises it where they are altered or no longer fit;
-        OSError where the store or the disk fails.
+        Raises UserError where they do not fit the bound. The result raises it where they are altered or no longer fit,
+        and where the folder cannot be used; OSError where the store fails.
         """
         if (needed := sum(sizes.get(file.name, 0) for file in files)) > self.limit:
             raise UserError(
@@ -79,13 +83,25 @@ class Cache:
         return fetched
 
     def _one(self, file: StorePath, sha256: str, size: int | None) -> Path:
+        try:
+            return self._copy(file, sha256, size)
+        except OSError as error:
+            if not error.filename or "://" in str(error.filename):  # the store's
+                raise
+            text = f"data_cache {self.folder} cannot be used: {error.strerror} ({error.filename})"
+            full = error.errno in FULL
+            raise (Unavailable(f"{text}; make room") if full else UserError(f"{text}; name another")) from None
+
+    def _copy(self, file: StorePath, sha256: str, size: int | None) -> Path:
         generation = file.generation()
         entry = self.folder / hashlib.sha256(f"{file.parent}\n{generation.hex()}".encode()).hexdigest()[:32]
         path = entry / file.name
         self._hold(entry)
         with _alone(entry):
             if path.is_file() and (size is None or path.stat().st_size == size):
-                return path
+                if not sha256 or path.stat().st_size > CHECKED_BYTES or _sha256(path) == sha256:
+                    return path
+                log.warning("%s was altered; it is fetched again", path)
             self._make_room(size or 0)
 
             def check(found: str) -> None:
@@ -103,8 +119,7 @@ class Cache:
                 entry.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):  # removed at this moment: again
                     handle = os.open(entry / USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                    if fcntl:
-                        fcntl.flock(handle, fcntl.LOCK_SH)
+                    _locked(handle, "LOCK_SH")
                     if not (entry / USED).exists():
                         os.close(handle)
                         continue
@@ -141,13 +156,29 @@ def _remove(entry: Path) -> bool:
     with contextlib.suppress(OSError):
         handle = os.open(entry / USED, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(entry)
-            return True
+            if _locked(handle, "LOCK_EX", "LOCK_NB"):
+                shutil.rmtree(entry)
+                return True
         finally:
             os.close(handle)
     return False
+
+
+def _locked(handle: int, *how: str) -> bool:
+    """Locks an open file. False where its file system has no locks. Raises BlockingIOError."""
+    try:
+        if fcntl:
+            fcntl.flock(handle, sum(getattr(fcntl, each) for each in how))
+        return True
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -155,9 +186,7 @@ def _alone(entry: Path) -> Iterator[None]:
     """Within it no other process of this host fetches into the entry."""
     handle = os.open(entry / ".fetching", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in entry.glob("*.partial"):  # by a process that was killed
+        for left in entry.glob("*.partial") if _locked(handle, "LOCK_EX") else ():  # by a process that was killed
             left.unlink(missing_ok=True)
         yield
     finally:

@@ -19,6 +19,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import tempfile
 import threading
 import time
@@ -522,7 +523,7 @@ def read_ranges(ranges: Sequence[tuple[StorePath, int, int]]) -> list[bytes]:
 
 def fetch(source: StorePath, to: Path, size: int | None, check: Callable[[str], None]) -> None:
     """Copies an object into a local file, which appears whole. size: in bytes, if known; check: is told the sha256."""
-    partial = to.with_name(f"{to.name}.partial")
+    partial = to.with_name(f"{to.name}.{secrets.token_hex(4)}.partial")
     digest, start, piece = hashlib.sha256(), 0, PIECE_BYTES
     try:
         with open(partial, "wb") as file:

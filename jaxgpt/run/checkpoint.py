@@ -290,11 +290,13 @@ class Checkpoints:
         step, info, future, error = self._pending
         late = future.exception() if future else None  # waits, also after an error at the beginning
         error = error or late
+        # with a store all processes fail alike, and a save that fails after another is of the same outage: said once
+        told = self._first and self._ok if self._place.may_be_slow else self._first or error is not None
         self._ok = everywhere(error is None)
         self.failure = "" if error is None else _brief(error)
         if self._ok:
             self._saved = Saved(step, info)
-        elif self._first or (error is not None and isinstance(self.folder, Path)):  # a store fails all
+        elif told:
             why = self.failure or "another process failed"
             kept = self._saved.step
             then = f"the newest on disk is {kept}" if kept >= 0 else "there is none on disk yet"
@@ -519,7 +521,8 @@ def _files(folder: Path) -> dict[str, list]:
 
 def _brief(error: BaseException) -> str:
     kind = "" if isinstance(error, OSError | ValueError | UserError) else f"{type(error).__name__}: "
-    return kind + re.split(r"\n| in OCDBT | \[tensorstore", str(error) or type(error).__name__)[0][:300]
+    text = store.away(error) or str(error) or type(error).__name__
+    return kind + re.split(r"\n| in OCDBT | \[tensorstore", text)[0][:300]
 
 
 # --- arrays on disk ---
