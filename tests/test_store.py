@@ -294,10 +294,11 @@ def test_what_is_not_sound_is_passed_over(proxy, out, caplog):
     save(checkpoints, 2)  # over the damaged one
     assert Checkpoints(out).restore(abstract(state()))[2] == 2
     (out / "checkpoints/2/record.json").unlink()  # as a save that was killed before it counted
+    (out / "checkpoints/notes/1").write_bytes(b"somebody's")
     assert Checkpoints(out).restore(abstract(state()))[2] == 1
     with lease.lock(out) as lock:
         Checkpoints(out).begin(lock, "")
-    assert {name.split("/")[1] for name in out.objects()} == {"1"}
+    assert {name.split("/")[1] for name in out.objects()} == {"1", "notes"}
 
 
 def test_a_failed_save_costs_no_older_one(proxy, out, caplog):

@@ -59,10 +59,8 @@ class Objects:
     # --- a save ---
 
     def tidy(self) -> None:
-        """Removes what no record names: of killed saves and removals."""
-        keys = self.folder.objects()
-        steps = {key.partition("/")[0] for key in keys}
-        keep = set()
+        """Removes what no record names: of killed saves and removals. What is no step's is not ours, and stays."""
+        keys, keep = [key for key in self.folder.objects() if key.partition("/")[0].isdecimal()], set()
         for step in {key.partition("/")[0] for key in keys if key.partition("/")[2] == "record.json"}:
             try:
                 keep.add(f"{step}/{from_json(self.record(int(step))).get('state', 'state')}/")
@@ -71,9 +69,7 @@ class Objects:
         stale = [
             key
             for key in keys
-            if key.partition("/")[0] in steps
-            and not key.endswith("/record.json")
-            and not any(key.startswith(prefix) for prefix in keep)
+            if not key.endswith("/record.json") and not any(key.startswith(prefix) for prefix in keep)
         ]
         self.folder.remove_all(stale)
 
