@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import math
 import os
 import random
@@ -176,6 +177,13 @@ def test_opens_params_alone_without_reading_the_rest(tmp_path):
     assert asked and all(name.startswith("params.") for name in asked)
     assert_same_bits(restored, {"params": state["params"]})
     assert snapshot(tmp_path) == before, "restoring writes nothing"
+
+
+def test_what_asyncio_adds_to_a_failed_save_is_not_printed(caplog):
+    """Its log of the save's other writes; all else that it logs is."""
+    for line in "Task exception was never retrieved\nfuture: <Task …>", "something else":
+        logging.getLogger("asyncio").error(line)
+    assert caplog.messages == ["something else"]
 
 
 def test_a_step_without_a_checkpoint_is_told_those_that_have_one(tmp_path):

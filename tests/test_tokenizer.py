@@ -660,3 +660,9 @@ def test_wrong_meta_is_a_user_error(tmp_path, change):
     (tmp_path / "meta.json").write_text(json.dumps(good | change))
     with pytest.raises(UserError, match="meta.json is damaged"):
         read_meta(tmp_path)
+
+
+def test_a_pipe_in_place_of_meta_json_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "meta.json")
+    with pytest.raises(UserError, match=r"meta.json is a pipe"):
+        read_meta(tmp_path)

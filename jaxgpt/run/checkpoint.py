@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,7 +54,10 @@ _spec.to_json = lambda spec, include_defaults=False: copy.deepcopy(_to_json(spec
 
 # Where one write of a save fails, Orbax closes its event loop; TensorStore's other writes then have none to report to,
 # and Python prints a traceback of each; so it does of a loop that could not be made, for want of file descriptors. The
-# save has failed by the first, and been reported.
+# save has failed by the first, and been reported. What asyncio logs of the other writes has
+# tracebacks as well; of those not begun Python warns.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 _unraisable: Callable = sys.unraisablehook
 sys.unraisablehook = lambda x: None if re.search("Event loop is closed|'_ssock'", str(x.exc_value)) else _unraisable(x)
 
