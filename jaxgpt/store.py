@@ -47,6 +47,9 @@ def folder(name: "str | os.PathLike[str] | StorePath") -> "AnyPath":
         return name
     scheme, there, rest = os.fspath(name).partition("://")
     if not there or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        if short := re.match(rf"({'|'.join(DRIVERS)}):", os.fspath(name)):
+            hint = f"write {short[1]}://BUCKET/PATH, or ./{name} for a folder here"
+            raise UserError(f"{name} is neither a folder in a store nor a plain one; {hint}")
         return local_path(name)
     bucket, _, key = rest.partition("/")
     if scheme not in DRIVERS:

@@ -113,7 +113,7 @@ def save(checkpoints, *steps, **info):
 @pytest.mark.parametrize(
     "name",
     ["s3://bucket", "gs://bucket/", "s3:///run", "s3://bucket/a/../b", "gs://bucket/./a", "s3://bucket/a//b", "s3://B/a",
-     "http://bucket/a", "s3://bucket/a\tb"],
+     "http://bucket/a", "s3://bucket/a\tb", "s3:/bucket/a", "gs:a"],
 )  # fmt: skip
 def test_bad_names_are_one_line(name):
     with pytest.raises(UserError, match="write|gs://BUCKET/PATH") as error:
