@@ -205,7 +205,9 @@ def test_a_thread_that_never_ends_keeps_a_failed_program_for_half_a_minute():
 # --- scripts ---
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [path for path in sorted((ROOT / "scripts").iterdir()) if "run_main(main)" in path.read_text()]
+SCRIPTS = [
+    path for path in sorted((ROOT / "scripts").iterdir()) if path.is_file() and "run_main(main)" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
