@@ -54,8 +54,8 @@ _spec.to_json = lambda spec, include_defaults=False: copy.deepcopy(_to_json(spec
 
 # Where one write of a save fails, Orbax closes its event loop; TensorStore's other writes then have none to report to,
 # and Python prints a traceback of each; so it does of a loop that could not be made, for want of file descriptors. The
-# save has failed by the first, and been reported. What asyncio logs of the other writes has
-# tracebacks as well; of those not begun Python warns.
+# save has failed by the first, and been reported. What asyncio logs of the other writes has tracebacks as well; of
+# those not begun Python warns.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 _unraisable: Callable = sys.unraisablehook
@@ -108,7 +108,7 @@ class Checkpoints:
         self._first = jax.process_index() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None
-        self._left_out, self._slow = 0, False  # saves since the last one begun; whether that has been said
+        self._left_out, self._slow = False, False  # a save, since the last one begun; since the one before: it was said
         self._saved = Saved(-1, {})
         self._ok = True  # whether the last save succeeded
         self._unsound: set[int] = set()
@@ -192,9 +192,9 @@ class Checkpoints:
                     log.warning(
                         "no checkpoint at %d, while %d is still being written to %s", step, under_way, self.folder
                     )
-                self._left_out, self._slow = self._left_out + 1, True
+                self._left_out = self._slow = True
                 return
-        self._left_out, self._slow = 0, self._slow and self._left_out > 0
+        self._slow, self._left_out = self._left_out, False
         self.wait()
         info = json.loads(json.dumps(info, default=lambda x: x.item()))
         on_disk = self._saved.step == step
