@@ -99,6 +99,8 @@ def user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError) and error.errno in FULL:
         return Unavailable(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room")
+    if unusable := _unusable_variable(error):
+        return unusable
     if isinstance(error, OSError) and error.errno == errno.ECONNABORTED and error.filename is not None:
         return Unavailable(f"{error.filename}: {error.strerror}; the store cannot be had now: start again later")
     if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
@@ -128,17 +130,31 @@ def _refused_variable(error: BaseException) -> UserError | None:
     The error names the variable; or it has its value, and JAX's option, or the line of the library that reads the
     environment, has its name.
     """
-    text, frames = str(error), list(traceback.walk_tb(error.__traceback__))
+    text = re.sub(r"\bjax\.(\w+)", lambda x: f"JAX_{x[1]}".upper(), str(error))  # jax.default_device
+    frames = list(traceback.walk_tb(error.__traceback__))
     if not isinstance(error, ValueError) or not frames:
         return None
     lines = [line for *_, line in traceback.extract_tb(error.__traceback__) if line and "env" in line]
     options = [x for x in frames[-1][0].f_locals.values() if isinstance(x, str)]
+    library = frames[-1][0].f_globals.get("__name__", "").partition(".")[0]
+    options += [f"{library}_{x}".upper() for x in options]  # TQDM_MININTERVAL, read by tqdm as mininterval
     names = re.findall(r"[A-Z][A-Z0-9_]+|jax_\w+", " ".join([text, *lines, *options]))
     for name in dict.fromkeys(name.upper() for name in names):
         value = os.environ.get(name)
         told = name in text or (value.lower() in text.lower() if value else re.search("''|\"\"", text))
         if value is not None and told:
-            return UserError(f"{name}={value} in the environment: {text}; mend it or unset it")
+            return UserError(f"{name}={value} in the environment: {error}; mend it or unset it")
+    return None
+
+
+def _unusable_variable(error: BaseException) -> UserError | None:
+    """Where a value of JAX's in the environment is a path that cannot be used or a pattern that is none."""
+    used = str(getattr(error, "filename", None) or getattr(error, "pattern", None) or "")
+    if isinstance(error, OSError | re.error) and used:
+        for name, value in os.environ.items():
+            if name.startswith("JAX_") and value and (used == value or used.startswith(value.rstrip("/") + "/")):
+                why = getattr(error, "strerror", None) or str(error)
+                return UserError(f"{name}={value} in the environment: {why}; mend it or unset it")
     return None
 
 
@@ -185,6 +201,12 @@ def local_path(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except (RuntimeError, ValueError):  # ValueError: a name that no user can have
         raise UserError(f"{name}: there is no home folder that ~ could mean; write the path in full") from None
+
+
+def check_ordinary(path: Any) -> None:
+    """UserError on a pipe or a device in place of a file: who reads one waits for good, or never comes to its end."""
+    if isinstance(path, Path) and path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a {'pipe' if path.is_fifo() else 'device'}; move it away")
 
 
 def from_json(text: str | bytes) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write, from_json, local_path, shipped
+from jaxgpt import UserError, atomic_write, check_ordinary, from_json, local_path, shipped
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
@@ -399,6 +399,7 @@ def save_config(config: ConfigDict, folder: AnyPath, **about: Any) -> None:
 def read_saved(folder: AnyPath) -> dict[str, Any]:
     """What config.json in a run's folder holds. Raises UserError."""
     path = folder / "config.json"
+    check_ordinary(path)
     try:
         saved = from_json(path.read_bytes())
         if not isinstance(saved, dict):

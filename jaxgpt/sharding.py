@@ -46,6 +46,16 @@ MEM_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 GPU_MEMORY_OF_USER = {*GPU_MEMORY, *MEM_FRACTIONS, "XLA_PYTHON_CLIENT_PREALLOCATE"}
 
 
+# Settings of JAX, and their values, that turn what is done here into an error: keys as Flax's Rngs use them, a program
+# compiled twice (the bytes differ), a batch sent to the devices, a function mapped over Rngs
+FORBIDDING = {
+    "jax_debug_key_reuse": (True,),
+    "jax_compilation_cache_check_contents": (True,),
+    "jax_transfer_guard": ("disallow", "disallow_explicit"),
+    **{f"jax_error_checking_behavior_{kind}": ("raise",) for kind in ("nan", "divide", "oob")},
+}
+
+
 def configure_jax() -> None:
     """Sets what must be set before JAX looks for devices: compiler flags and the cache of compiled programs.
 
@@ -54,6 +64,9 @@ def configure_jax() -> None:
     for name in MEM_FRACTIONS:
         if not is_fraction(os.environ.get(name, "1")):
             raise UserError(f"{name}={os.environ[name]} must be a part of a GPU's memory: above 0 and at most 1")
+    for name, values in FORBIDDING.items():
+        if (value := getattr(jax.config, name, None)) in values:
+            raise UserError(f"{name.upper()}={value}: under it JAX refuses what is done here; unset it")
     flags = os.environ.get("XLA_FLAGS", "")
     ours = [f for f in XLA_GPU_FLAGS if f.partition("=")[0] not in flags] if has_nvidia_gpu() else []
     os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()

@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 from jaxtyping import Int, UInt
 
-from jaxgpt import UserError, atomic_write, from_json, optional, store
+from jaxgpt import UserError, atomic_write, check_ordinary, from_json, optional, store
 from jaxgpt.store import AnyPath, StorePath
 
 ENDOFTEXT = "<|endoftext|>"
@@ -586,8 +586,7 @@ def read_meta(folder: AnyFolder) -> Meta | None:
     """meta.json, else nanoGPT's meta.pkl, else None. UserError if it is damaged or is a pickle that asks for code."""
     for name, parse in (("meta.json", from_json), ("meta.pkl", _parse_nanogpt)):
         path = store.folder(folder) / name
-        if isinstance(path, Path) and path.is_fifo():  # to open it would be to wait for good
-            raise UserError(f"{path} is a pipe; move it away")
+        check_ordinary(path)
         try:
             content = parse(path.read_bytes())
             meta = Meta(**{f.name: content[f.name] for f in fields(Meta) if f.name in content})

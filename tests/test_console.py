@@ -18,6 +18,10 @@ from hypothesis import strategies as st
 
 import jaxgpt
 from jaxgpt import UserError, console, from_json, user_error
+from jaxgpt.config import read_saved
+from jaxgpt.models import find_model
+from jaxgpt.sharding import FORBIDDING, configure_jax
+from jaxgpt.tokenizer import read_meta
 
 PROGRAM = """
 import sys
@@ -132,7 +136,8 @@ def test_a_backend_that_is_not_installed_is_one_line(monkeypatch):
             assert (told is not None and "JAX_PLATFORMS=cuda, but no such backend" in str(told)) is found
 
 
-REFUSED = {"JAX_ENABLE_X64": "train", "JAX_LOGGING_LEVEL": "sample", "JAXTYPING_DISABLE": "bench", "MPLBACKEND": "plot"}
+REFUSED = {"JAX_ENABLE_X64": "train", "JAX_LOGGING_LEVEL": "sample", "JAXTYPING_DISABLE": "bench", "MPLBACKEND": "plot",
+           "TQDM_MININTERVAL": "train", "JAX_DEFAULT_DEVICE": "train"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -157,6 +162,42 @@ def test_settings_of_jax_that_forbid_it_to_compute_are_one_line():
     assert str(user_error(error.value)) == "JAX_NO_TRACING is set, and this is to compute; unset it"
     execution = RuntimeError("JAX tried to execute function jit(f), but the no_execution config option is set")
     assert str(user_error(execution)) == "JAX_NO_EXECUTION is set, and this is to compute; unset it"
+
+
+def test_a_variable_whose_path_or_pattern_cannot_be_used_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_DUMP_IR_TO", str(tmp_path / "none"))
+    monkeypatch.setenv("JAX_HLO_SOURCE_FILE_CANONICALIZATION_REGEX", "(")
+    for fails, found in (
+        (lambda: (tmp_path / "none" / "x").read_text(), "JAX_DUMP_IR_TO=.*none in the environment: No such file"),
+        (lambda: re.compile("("), r"JAX_HLO_\w+=\( in the environment: missing \)"),
+        (lambda: (tmp_path / "nonesuch").read_text(), None),
+        (lambda: re.compile("[("), None),
+    ):
+        with pytest.raises((OSError, re.error)) as error:
+            fails()
+        told = user_error(error.value)
+        assert re.match(found, str(told)) if found else told is None
+
+
+@pytest.mark.parametrize("name", [name for name in FORBIDDING if hasattr(jax.config, name)])
+def test_a_setting_under_which_jax_refuses_what_is_done_is_one_line(name, monkeypatch):
+    before, value = getattr(jax.config, name), FORBIDDING[name][-1]
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(UserError, match=f"{name.upper()}={value}: under it JAX refuses"):
+            configure_jax()
+    finally:
+        jax.config.update(name, before)
+
+
+def test_a_device_or_pipe_in_place_of_a_file_is_one_line(tmp_path):
+    """To read one would be to wait for good, or until no memory is left."""
+    os.mkfifo(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "mine.py")
+    (tmp_path / "meta.json").symlink_to("/dev/zero")
+    for reads in read_saved, read_meta, lambda folder: find_model(str(folder / "mine.py")):
+        with pytest.raises(UserError, match="is a (pipe|device); move it away"):
+            reads(tmp_path)
 
 
 def test_a_bug_is_no_refused_variable(monkeypatch):

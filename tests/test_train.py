@@ -391,10 +391,10 @@ class Mistakes:
         os.mkfifo(self.folder / "out" / "run" / name)
         return self.run()
 
-    def linked(self, name):
-        """The command line for a folder in which a link of this name leads nowhere."""
+    def linked(self, name, target="nowhere"):
+        """The command line for a folder in which a link of this name leads nowhere, or to `target`."""
         (self.folder / "out" / "run").mkdir(parents=True)
-        (self.folder / "out" / "run" / name).symlink_to("nowhere")
+        (self.folder / "out" / "run" / name).symlink_to(target)
         return self.run()
 
     def spoiled(self, name, text):
@@ -464,6 +464,8 @@ MISTAKES = {
     "a schedule beyond int32": (lambda m: m.run(lr_decay_iters=2**31), "lr_decay_iters=2147483648 must be below"),
     "out_dir that TensorStore reads as a pattern": (lambda m: m.run(out_dir=m.folder / "a[1]"), "with [ in its path"),
     "a config.json that is a pipe": (lambda m: m.piped("config.json"), "config.json is a pipe; move it away"),
+    "metrics that are a device": (lambda m: m.linked("metrics.jsonl", "/dev/zero"), "metrics.jsonl is a device; move"),
+    "a model of nobody's": (lambda m: m.run(model="~nobody-there/x.py"), "there is no home folder that ~ could mean"),
     "out_dir that is no text": (lambda m: m.run(out_dir="\udcff"), "out_dir='\\udcff' names no folder"),
     "a preset that asserts": (lambda m: m.preset("assert c.n_layer == 1"), "preset.py: AssertionError"),
     "a preset that raises": (lambda m: m.preset("raise RuntimeError('no such size')"), "preset.py: no such size"),

@@ -51,7 +51,6 @@ import importlib.util
 import math
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,7 +59,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxgpt import UserError
+from jaxgpt import UserError, check_ordinary, local_path
 from jaxgpt.keys import key
 from jaxgpt.sharding import path_name
 
@@ -236,9 +235,10 @@ def find_model(name: str) -> ModelFile:
     """The model called `name`: a built-in one, or the file at a path that ends in .py. Raises UserError."""
     if name in BUILT_IN:
         return _register(name, "", importlib.import_module(f"jaxgpt.models.{name}"))
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix != ".py":
         raise UserError(f"model={name} is neither {', '.join(BUILT_IN)} nor a file that ends in .py")
+    check_ordinary(path)
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

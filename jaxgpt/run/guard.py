@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt import FULL, Unavailable, UserError, atomic_write, from_json, store
+from jaxgpt import FULL, Unavailable, UserError, atomic_write, check_ordinary, from_json, store
 from jaxgpt.console import complain
 from jaxgpt.run import processes, sentinel
 from jaxgpt.run.clock import RunClock
@@ -152,8 +152,11 @@ class RunLock(contextlib.ExitStack):
                 if not path.exists():
                     self.callback(_quietly, path.rmdir)  # if it is still empty then
             folder.mkdir(parents=True, exist_ok=True)
-            if pipes := [path for path in folder.iterdir() if path.is_fifo()]:  # who opens one waits for good
-                return UserError(f"{pipes[0]} is a pipe; move it away")
+            try:
+                for path in folder.iterdir():
+                    check_ordinary(path)
+            except UserError as error:
+                return error
             while fcntl:
                 with contextlib.ExitStack() as opened:
                     how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
