@@ -127,7 +127,7 @@ def init_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainS
 
 def abstract_state(parts: Parts, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state, nothing computed."""
-    shapes = jax.eval_shape(partial(init_state, parts, mesh))
+    shapes = jax.eval_shape(partial(init_state, parts, mesh), abstract_params(parts.model))
     specs = state_specs(shapes, shapes.params, roles(parts.model, shapes.params), mesh)
     return jax.tree.map(lambda x, spec: x.update(sharding=NamedSharding(mesh, spec)), shapes, specs)
 
@@ -287,7 +287,7 @@ def make_train_step(
     """
     config = parts.optimizer
     model = dataclasses.replace(parts.model, matmul_dtype=parts.devices.matmul_dtype)  # FP8 is for training alone
-    optimizer = make_optimizer(config, roles(model, abstract_params(model)), mesh)
+    optimizer = make_optimizer(config, roles(model, abstract_params(parts.model)), mesh)
     get_updates = partial(
         updates_by_multisteps if config.accumulation == "multisteps" else updates_by_sum,
         partial(mean_loss_and_gradients, model, mesh),

@@ -72,11 +72,19 @@ def test_ctrl_c_prints_nothing(command, tmp_path):
     command = [x.replace("wait()", f"exec({waiting!r})") for x in command]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     kinds = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, *command], env=env, **kinds)
-    while process.stdout.readline() != "there\n":  # pyright: ignore
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "")
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a child inherits SIG_IGN, which background jobs may have
+    try:
+        process = subprocess.Popen([sys.executable, *command], env=env, **kinds)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        while process.stdout.readline() != "there\n":  # pyright: ignore
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.communicate(timeout=30) == ("", "")
+        finally:
+            process.kill()
     assert process.returncode in (-signal.SIGINT, 130)
 
 

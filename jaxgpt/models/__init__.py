@@ -308,6 +308,11 @@ def init_params(config: ModelConfig, rng: Array, dtype: str = "float32") -> Para
 
 def abstract_params(config: ModelConfig) -> Params:
     """The shapes and dtypes of `init_params`, without computing anything."""
+    return jax.tree.map(lambda x: x, _shapes(config))  # a copy
+
+
+@functools.lru_cache(maxsize=8)  # a start asks for them some five times
+def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

@@ -229,15 +229,17 @@ class Stop:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             ear, bell = socket.socketpair()  # C writes a byte, the signal's number, as soon as a signal arrives
             bell.setblocking(False)
-            self._put_back.callback(bell.close)  # ends the thread
-            old_fd = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
-            self._put_back.callback(signal.set_wakeup_fd, old_fd)
             numbers = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
                 numbers.append(signal.SIGHUP)
+            listening = threading.Thread(target=self._listen, args=(ear, numbers), name="signals", daemon=True)
+            listening.start()
+            self._put_back.callback(listening.join, REPEAT_S)  # its line is printed, unless stderr takes none
+            self._put_back.callback(bell.close)  # ends the thread
+            old_fd = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+            self._put_back.callback(signal.set_wakeup_fd, old_fd)
             for number in numbers:  # a handler must be there, but the bell does the work
                 self._put_back.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-            threading.Thread(target=self._listen, args=(ear, numbers), name="signals", daemon=True).start()
         if self._several:
             self._agreeing.start()
         return self
