@@ -257,7 +257,6 @@ PLANS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=1, 
 
 
 @given(st.integers(40, 700), PLANS, st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
 def test_a_run_of_changing_batch_sizes_reads_the_same_samples(folder, n, plan, seed):
     """(rows, steps) one after the other, each going on where the one before ended: sample by sample what a run of one
     row a step reads, so that no window of an epoch is read twice or never."""

@@ -343,10 +343,13 @@ def polar_express(s):
     return s
 
 
-@given(rows=st.integers(1, 12), more=st.integers(0, 20), power=st.integers(-6, 6), seed=st.integers(0, 99))
-def test_orthogonalization_is_that_of_the_svd(rows, more, power, seed):
+SIZES = st.sampled_from([(1, 1), (1, 13), (5, 5), (7, 20), (12, 32)])  # few: each compiles
+
+
+@given(size=SIZES, power=st.integers(-6, 6), seed=st.integers(0, 99))
+def test_orthogonalization_is_that_of_the_svd(size, power, seed):
     """In float64 and float32, of any size: the scale of a gradient does not matter."""
-    x = np.random.default_rng(seed).normal(size=(rows, rows + more)) * 10.0**power
+    x = np.random.default_rng(seed).normal(size=size) * 10.0**power
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     expected = (u * polar_express(s)) @ vt
     with jax.enable_x64(True):

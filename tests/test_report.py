@@ -105,7 +105,7 @@ HOSTILE = [b"[" * 10**5, b'{"step": 1e400}', b'{"step": ' + b"9" * 999 + b"}"]
 
 
 @given(st.binary(max_size=60) | st.sampled_from(HOSTILE))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_beside_a_run_are_a_page(tmp_path, content):
     folder = run(tmp_path / "a")
     good = b'{"step": 3, "text": "here", "event": "saved"}\n'
