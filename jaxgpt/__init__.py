@@ -99,6 +99,10 @@ def user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError) and error.errno in FULL:
         return Unavailable(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Unavailable(f"{text}; allow more: ulimit -n 4096")
+    if isinstance(error, RuntimeError) and text == "can't start new thread":
+        return Unavailable(f"{text}; allow more processes, ulimit -u, or end some")
     if unusable := _unusable_variable(error):
         return unusable
     if isinstance(error, OSError) and error.errno == errno.ECONNABORTED and error.filename is not None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import UserError, atomic_write, check_ordinary, from_json, local_path, shipped
+from jaxgpt import PATHS, UserError, atomic_write, check_ordinary, from_json, local_path, shipped
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
@@ -410,6 +410,8 @@ def read_saved(folder: AnyPath) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as e:
         if away(e):
             raise
+        if isinstance(e, OSError) and e.errno in PATHS:  # sound, for all that is known
+            raise UserError(f"{path} cannot be read: {e.strerror}; mend its permissions, or check out_dir") from None
         raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); restore it or start another run") from None
 
 

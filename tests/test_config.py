@@ -382,6 +382,12 @@ def test_a_wrong_value_in_config_json_is_one_line(tmp_path, key, value):
         read_config(tmp_path)
 
 
+def test_a_config_json_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises(UserError, match=r"config.json cannot be read: Too many .*; mend its permissions"):
+        read_config(tmp_path)
+
+
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no run: it has no config.json; check out_dir"):
         read_config(tmp_path)

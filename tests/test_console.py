@@ -109,6 +109,8 @@ def test_an_encoding_without_the_letter():
             2,
             "error: out of memory (Out of",
         ),
+        ("OSError(24, 'Too many open files')", 69, "error: [Errno 24] Too many open files; allow more: ulimit -n"),
+        ("RuntimeError('can' + chr(39) + 't start new thread')", 69, "error: can't start new thread; allow more"),
         ("ValueError('Disable jit is not supported in the AOT path')", 2, "error: JAX_DISABLE_JIT is set"),
         ("RuntimeError('Unable to initialize backend x')", 2, "error: Unable to initialize backend x; unset JAX_PLAT"),
     ],

@@ -155,7 +155,11 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file. UserError if there is none."""
     try:
         value = from_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; mend its permissions") from None
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch it again")
