@@ -306,6 +306,16 @@ def test_arrays_of_another_step_or_place_are_not_taken(tmp_path):
     assert Checkpoints(tmp_path).restore(abstract(states[1]))[2] == 1
 
 
+def test_a_best_checkpoint_whose_record_is_damaged_is_named(tmp_path, caplog):
+    """Its loss is in the record: without it, another is taken for the best."""
+    ckpts, states = Checkpoints(tmp_path), [sample_state(n) for n in range(3)]
+    for step in 1, 2:
+        assert ckpts.save(step, states[step], {"val_loss": 3.0 - step}, last=True) is None and ckpts.wait()
+    (tmp_path / "checkpoints" / "2" / "record.json").write_text("{")
+    assert Checkpoints(tmp_path).restore(abstract(states[1]), "best")[2] == 1
+    assert [line for line in caplog.messages if line.startswith("checkpoint 2 passed over")] == caplog.messages != []
+
+
 def test_nothing_sound_is_an_error_that_names_each(tmp_path):
     states = {1: sample_state(1), 2: sample_state(2)}
     folder = save_all(tmp_path, states).folder

@@ -334,6 +334,11 @@ class Checkpoints:
         steps = [step for step in reversed(there) if isinstance(which, str) or step == which]
         best = _from_first(self._whole()[1]) if which == "best" else []
         problems, other_model = [], ""
+        for step in steps if which == "best" and self._first else ():  # it might be the best: its loss is not known
+            try:
+                self._record(step)
+            except ValueError as error:
+                problems.append(f"checkpoint {step} passed over: {_brief(error)}")
         for step in dict.fromkeys(best + steps):
             try:
                 record, arrays = self._read(step, wanted, optional)
@@ -348,7 +353,7 @@ class Checkpoints:
                 problems.append(f"it has no {', '.join(missing)}, which this run then begins anew")
             if rest:
                 problems.append(f"it also holds {', '.join(rest)}, which this run does not use")
-            for text in problems if self._first else ():
+            for text in dict.fromkeys(problems) if self._first else ():
                 log.warning("%s; using checkpoint %d", text, step)
             self._saved = Saved(step, record["info"])
             state = _without(abstract_state, missing)
@@ -358,7 +363,7 @@ class Checkpoints:
             what = "another optimizer's state" if other_model.startswith("opt_state") else "another model"
             raise UserError(f"{self.folder} holds {what}: {other_model}; give the settings it was trained with")
         if problems:
-            raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(problems)}")
+            raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(dict.fromkeys(problems))}")
         named = "" if isinstance(which, str) else f" {which}"
         hint = f"those there are {', '.join(map(str, there[-10:]))}" if there else "check out_dir"
         raise UserError(f"no checkpoint{named} in {self.folder}; {hint}")
