@@ -165,6 +165,18 @@ def test_saved_state_may_be_donated_and_restored_state_too(tmp_path):
         advance(restored)
 
 
+@pytest.mark.parametrize("name", ["../run", "link/../run", "/{}/run"])
+def test_a_path_that_tensorstore_does_not_take_is_another_name_of_one_that_it_does(tmp_path, monkeypatch, name):
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    (tmp_path / "here" / "link").symlink_to("deep")
+    monkeypatch.chdir(tmp_path / "here")
+    state = {"step": jnp.int32(1)}
+    save_all(name.format(tmp_path), {1: state})
+    place = tmp_path / "here" / "run" if "link" in name else tmp_path / "run"
+    assert place.is_dir()
+    assert_same_bits(Checkpoints(name.format(tmp_path)).restore(abstract(state))[0], state)
+
+
 def test_opens_params_alone_without_reading_the_rest(tmp_path):
     state = sample_state(1)
     save_all(tmp_path, {5: state})

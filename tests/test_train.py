@@ -463,6 +463,7 @@ MISTAKES = {
     "metrics that are a folder": (lambda m: m.holding("metrics.jsonl/x"), "metrics.jsonl cannot be read: Is a direct"),
     "a schedule beyond int32": (lambda m: m.run(lr_decay_iters=2**31), "lr_decay_iters=2147483648 must be below"),
     "out_dir that TensorStore reads as a pattern": (lambda m: m.run(out_dir=m.folder / "a[1]"), "with [ in its path"),
+    "out_dir that TensorStore takes for a lock": (lambda m: m.run(out_dir=m.folder / "a.__lock"), "with .__lock in it"),
     "a config.json that is a pipe": (lambda m: m.piped("config.json"), "config.json is a pipe; move it away"),
     "metrics that are a device": (lambda m: m.linked("metrics.jsonl", "/dev/zero"), "metrics.jsonl is a device; move"),
     "a model of nobody's": (lambda m: m.run(model="~nobody-there/x.py"), "there is no home folder that ~ could mean"),

@@ -98,7 +98,7 @@ class Checkpoints:
     """
 
     def __init__(self, out_dir: str | os.PathLike | store.StorePath, *, keep: int = 2):
-        self.folder, self.keep = store.folder(out_dir).absolute() / "checkpoints", max(1, keep)
+        self.folder, self.keep = _absolute(store.folder(out_dir)) / "checkpoints", max(1, keep)
         self._place = Disk(self.folder) if isinstance(self.folder, Path) else Objects(self.folder, _sealed)
         self.before_commit: Callable[[], None] = lambda: None  # called, on process 0, before a checkpoint counts
         self.on_save: Callable[[int, dict], None] = lambda step, info: None  # told, on process 0, what is on disk
@@ -121,9 +121,14 @@ class Checkpoints:
         """
         self._lock, self._run = lock, run
         if isinstance(self.folder, Path):
-            if bad := set(str(self.folder.absolute())) & set("[]\\"):  # every save would fail
-                why = f"TensorStore finds no files in a folder with {min(bad)} in its path; choose another"
-                raise UserError(f"out_dir {self.folder.absolute().parent}: {why}")
+            try:  # else every save would fail
+                _spec({"driver": "file", "path": f"{self.folder}/"})
+                bad = min(set(str(self.folder)) & set("[]\\"), default="")
+            except ValueError:
+                bad = ".__lock"
+            if bad:
+                why = f"TensorStore finds no files in a folder with {bad} in its path; choose another"
+                raise UserError(f"out_dir {self.folder.parent}: {why}")
             if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
                 raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
             if self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
@@ -410,6 +415,14 @@ def run_id(run: store.AnyPath) -> str:
             raise
         return ""
     return found if isinstance(found, str) else ""
+
+
+def _absolute(folder: Any) -> Any:
+    """The folder's absolute path, without .. and // at its beginning, which TensorStore does not take."""
+    path = folder.absolute()
+    if not isinstance(path, Path) or not {"..", "//"} & set(path.parts):
+        return path
+    return Path("/", *path.resolve().parts[1:]) if os.name == "posix" else path.resolve()
 
 
 def _flat(tree: Any) -> tuple[dict[str, Any], Any]:
