@@ -82,7 +82,7 @@ def test_ctrl_c_prints_nothing(command, tmp_path):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         try:
-            assert process.communicate(timeout=30) == ("", "")
+            assert process.communicate(timeout=60) == ("", "")
         finally:
             process.kill()
     assert process.returncode in (-signal.SIGINT, 130)

@@ -315,7 +315,7 @@ def test_workers_end_with_a_killed_run(gpt2_files, tmp_path):
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    child.communicate(timeout=20)  # returns when the last worker has closed its copy of stderr
+    child.communicate(timeout=60)  # returns when the last worker has closed its copy of stderr
 
 
 def test_ctrl_c(gpt2_files, tmp_path):
@@ -324,7 +324,7 @@ def test_ctrl_c(gpt2_files, tmp_path):
     while not list((tmp_path / "out").glob("*.bin")):
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to the workers too
-    error = child.communicate(timeout=20)[1]
+    error = child.communicate(timeout=60)[1]
     assert child.returncode == 2 and re.fullmatch(r"error: stopped; .*same command.*\n", error)
     assert not list((tmp_path / "out").glob("*.partial"))
 

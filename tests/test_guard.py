@@ -241,7 +241,7 @@ def test_a_signal_asks_and_handlers_are_put_back(number, capfd, request):
     with Stop() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), number)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not stop.requested():
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -282,7 +282,7 @@ def test_first_signal_saves_second_stops_at_once_even_amid_a_compilation(number)
     time.sleep(guard.REPEAT_S + 0.2)
     assert hasty.poll() is None
     hasty.send_signal(number)
-    assert hasty.wait(timeout=5) == 128 + number
+    assert hasty.wait(timeout=30) == 128 + number
     assert hasty.communicate()[0] == ""
 
 
@@ -296,10 +296,10 @@ def test_a_closed_terminal_saves_and_one_that_was_to_be_ignored_is(tmp_path):
     closed = spawn(f"{open_terminal}sys.stderr.close(); sys.stderr = open('/dev/full', 'w')\n" + STOPPABLE, 0.001)
     wait_for(closed, "ready")
     closed.send_signal(signal.SIGHUP)
-    assert closed.wait(timeout=30) == Exit.STOPPED and closed.communicate()[0].endswith("saved\n")
+    assert closed.wait(timeout=60) == Exit.STOPPED and closed.communicate()[0].endswith("saved\n")
     assert kept.poll() is None
     kept.send_signal(signal.SIGTERM)
-    assert kept.wait(timeout=30) == Exit.STOPPED and kept.communicate()[0] == "saved\n"
+    assert kept.wait(timeout=60) == Exit.STOPPED and kept.communicate()[0] == "saved\n"
 
 
 def test_another_handlers_signal_is_no_wish_to_stop():
@@ -377,7 +377,7 @@ print("done")
 
 def test_watchdog_ends_a_stalled_process_with_stacks():
     ends = {how: spawn(STALL, how) for how in ("sleep", "locked", "none")}
-    outputs = {how: process.communicate(timeout=30) for how, process in ends.items()}
+    outputs = {how: process.communicate(timeout=60) for how, process in ends.items()}
     assert all(out.startswith("alive") for out, _ in outputs.values()), outputs
     assert ends["sleep"].returncode == Exit.STALLED
     assert "watchdog: no step finished in time" in outputs["sleep"][1] and "in stalled_step" in outputs["sleep"][1]
@@ -392,7 +392,7 @@ def test_time_in_which_the_process_is_stopped_is_no_stall():
     process.send_signal(signal.SIGSTOP)
     time.sleep(5.0)
     process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "done\n", "")
 
 
