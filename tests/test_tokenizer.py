@@ -302,8 +302,8 @@ def variant(kind: str, normalizer: str, added: str, more: tuple[str, ...]) -> Js
         bpe.add_special_tokens(["<|user|>", "any"])
     if added == "ordinary":
         bpe.add_tokens(["Citizen", "日本", "x  y"])
-    folder = Path(tempfile.mkdtemp(prefix="tokenizer"))
-    return loaded(folder, bpe.to_str())
+    with tempfile.TemporaryDirectory() as folder:
+        return loaded(Path(folder), bpe.to_str())
 
 
 def variants_of(kinds: st.SearchStrategy[str]) -> st.SearchStrategy[JsonTokenizer]:
