@@ -18,6 +18,7 @@ import contextlib
 import errno
 import importlib
 import json
+import logging
 import os
 import re
 import signal
@@ -176,6 +177,13 @@ def optional(module: str, package: str, purpose: Any) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{purpose} needs {module.partition('.')[0]}; run: pip install '{package}'") from None
+
+
+def silence(*libraries: str) -> None:
+    """Takes what these libraries log, retries and the errors that they raise besides, from stderr."""
+    for name in libraries:
+        importlib.import_module(f"{name}.utils.logging")  # sets the level itself, when it is first imported
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def shipped(pattern: str) -> dict[str, Path]:

@@ -9,7 +9,6 @@ import pydoc_data.topics
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -240,8 +239,7 @@ def test_hellaswag_from_the_hub_is_prepared_as_in_lm_evaluation_harness(monkeypa
         "endings": ["starts.", " goes [title] Stops  now", "c", "d"], "label": "1",
     }  # fmt: skip
     asked = []
-    fake = types.SimpleNamespace(load_dataset=lambda *a, **k: asked.append((a, k)) or [record])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or [record])
     tokenizer = CharTokenizer(sorted({chr(i) for i in range(32, 127)}))
     task = load_task("hellaswag", "", tokenizer)
     assert asked == [(("Rowan/hellaswag", None), {"split": "validation"})]
@@ -254,7 +252,7 @@ def test_no_network_is_one_error(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(UserError, match="lambada_openai cannot be fetched .*reach the Hub"):
         load_task("lambada", "", CharTokenizer("ab"))
 

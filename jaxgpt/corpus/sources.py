@@ -9,10 +9,8 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import json
-import logging
 import os
 import re
 import subprocess
@@ -26,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxgpt import UserError, from_json, local_path, optional
+from jaxgpt import UserError, from_json, local_path, optional, silence
 
 PIECE = 1 << 20  # characters; also the bytes read at a time
 # Characters of its document that a part comes with on both sides. Most tokenizers' parts depend on what is around them,
@@ -146,13 +144,6 @@ def load_rows(hub: str, config: str | None, inputs: Sequence[str] | None, *, row
     if rows and not inputs and len(data) != rows:
         raise UserError(f"{hub} has {len(data):,} rows instead of {rows:,}; name all its .parquet files with --input")
     return data
-
-
-def silence(*libraries: str) -> None:
-    """Takes what these libraries log, retries and the errors that they raise besides, from stderr."""
-    for name in libraries:
-        importlib.import_module(f"{name}.utils.logging")  # sets the level itself, when it is first imported
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def pip_download(requirement: str) -> zipfile.ZipFile:

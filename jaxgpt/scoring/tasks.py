@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxgpt import UserError, from_json, local_path, optional, store
+from jaxgpt import UserError, from_json, local_path, optional, silence, store
 from jaxgpt.cache import Cache
 from jaxgpt.config import DataConfig, read_saved
 from jaxgpt.data import Corpus, corpus_folders
@@ -173,6 +173,7 @@ def _records(file: str, dataset: str, subset: str | None, split: str) -> list[An
     try:
         if not file:
             datasets = optional("datasets", "jaxgpt[data]", f"fetching {dataset}, unless a file is named,")
+            silence("datasets", "huggingface_hub")
             return list(datasets.load_dataset(dataset, subset, split=split))
         path = local_path(file)
         with gzip.open(path) if file.endswith(".gz") else open(path, "rb") as lines:
