@@ -117,6 +117,10 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
     if isinstance(error, RuntimeError) and re.search("Unable to initialize backend|^Unknown backend", text):
         hint = "unset JAX_PLATFORMS and JAX_PLATFORM_NAME, or name what this machine has: cpu"
+        if asked := next(
+            (x for x in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS") if os.environ.get(x) and "'cpu'" in text), None
+        ):
+            hint = f"mend or unset {asked}={os.environ[asked]}"
         return UserError(f"{text[:300]}; {hint}")
     if isinstance(error, ValueError) and "Disable jit is not supported" in text:
         return UserError("JAX_DISABLE_JIT is set, and this compiles what it computes; unset it")
@@ -144,6 +148,7 @@ def _refused_variable(error: BaseException) -> UserError | None:
     library = frames[-1][0].f_globals.get("__name__", "").partition(".")[0]
     options += [f"{library}_{x}".upper() for x in options]  # TQDM_MININTERVAL, read by tqdm as mininterval
     names = re.findall(r"[A-Z][A-Z0-9_]+|jax_\w+", " ".join([text, *lines, *options]))
+    names += ["JAX_DEFAULT_MATMUL_PRECISION"] * ("precision '" in text)
     for name in dict.fromkeys(name.upper() for name in names):
         value = os.environ.get(name)
         told = name in text or (value.lower() in text.lower() if value else re.search("''|\"\"", text))
@@ -235,7 +240,7 @@ def output(path: Path) -> Iterator[BinaryIO]:
 
     There is nothing to replace there, and root's replacement would be a plain file in place of /dev/null.
     """
-    opened = path.is_symlink() and path.parent.resolve().parts[1:2] in (("dev",), ("proc",))
+    opened = path.is_symlink() and Path(os.path.realpath(path.parent)).parts[1:2] in (("dev",), ("proc",))
     if opened or (path.exists() and not path.is_file() and not path.is_dir()):
         with open(path, "wb") as file:
             yield file

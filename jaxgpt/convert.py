@@ -10,6 +10,7 @@ A run made of weights holds them as checkpoint 0: sample from it, evaluate it, o
 """
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,7 +70,7 @@ def export_run(model: OpenedModel, write: Callable[..., None], folder: AnyPath, 
     if isinstance(model.weights, hf.Weights):
         raise UserError(f"{model.source} is a Hugging Face model already")
     with new_folder(folder) as partial:
-        write(model, partial, folder.resolve().name if isinstance(folder, Path) else folder.name, dtype)
+        write(model, partial, Path(os.path.realpath(folder)).name if isinstance(folder, Path) else folder.name, dtype)
 
 
 def import_model(model: OpenedModel, out_dir: AnyPath, known: Mapping[str, Any]) -> None:
@@ -77,6 +78,7 @@ def import_model(model: OpenedModel, out_dir: AnyPath, known: Mapping[str, Any])
 
     known: what else there is to say of the model, for the checkpoint's record.
     """
+    Checkpoints(out_dir).check_path()
     with new_folder(out_dir) as folder:
         # an average of the parameters, if the run had one, is what its parameters are from here on
         model.run_config.update(out_dir=str(out_dir), init_from=model.source, average_decay=0.0)

@@ -219,6 +219,16 @@ def test_a_bug_is_no_refused_variable(monkeypatch):
             assert (user_error(error) is not None) is found
 
 
+def test_what_the_cpu_cannot_do_for_a_variable_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "BF16_BF16_F32_X9")
+    with jax.default_matmul_precision("BF16_BF16_F32_X9"), pytest.raises(ValueError) as error:
+        jax.jit(lambda x: x @ x).lower(jax.numpy.ones((2, 2)))
+    assert str(user_error(error.value)).startswith("JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32_X9 in the environment")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "0")
+    none = RuntimeError("Unable to initialize backend 'cpu': INVALID_ARGUMENT: Could not determine process_index")
+    assert str(user_error(none)).endswith("; mend or unset JAX_NUM_CPU_DEVICES=0")
+
+
 def test_a_working_folder_that_is_gone_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

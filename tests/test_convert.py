@@ -446,6 +446,8 @@ def everything(folder: Path) -> dict[str, bytes]:
         (["--out_dir=run", "--to_hf=new", "--checkpoint=7"], "no checkpoint 7"),
         (["--out_dir=run", "--to_hf=file/new"], "cannot write"),
         (["--out_dir=run", "--to_safetensors=hf"], "hf exists already"),
+        (["--out_dir=run", "--to_safetensors=loop"], "cannot write loop"),
+        (["--out_dir=a[1]", "--from_hf=hf"], r"with \[ in its path"),
         (["--out_dir=run", "--to_safetensors=new", "--dtype=float16"], "wpe.embedding has values too large"),
         (["--out_dir=hf", "--to_safetensors=new"], "hf is a Hugging Face model already"),
         (["--out_dir=new", "--from_safetensors=hf"], "hf is not for --from_safetensors"),
@@ -462,6 +464,7 @@ def test_mistakes_are_one_error_and_change_nothing(hf_folder, tmp_path, monkeypa
     Path("cut/model.safetensors").write_bytes(Path("cut/model.safetensors").read_bytes()[:-5])
     Path("llama/config.json").write_text('{"model_type": "llama"}')
     Path("file").touch()
+    Path("loop").symlink_to("loop")
     config = make_run(Path("run"), CharTokenizer("abc"), "char", bias=True, checkpoints=())
     store, params = Checkpoints("run"), fresh_params(config, jax.random.key(0))
     params["wpe"]["embedding"] = params["wpe"]["embedding"].at[0, 0].set(1e6)

@@ -121,20 +121,26 @@ class Checkpoints:
         """
         self._lock, self._run = lock, run
         if isinstance(self.folder, Path):
-            try:  # else every save would fail
-                _spec({"driver": "file", "path": f"{self.folder}/"})
-                bad = min(set(str(self.folder)) & set("[]\\"), default="")
-            except ValueError:
-                bad = ".__lock"
-            if bad:
-                why = f"TensorStore finds no files in a folder with {bad} in its path; choose another"
-                raise UserError(f"out_dir {self.folder.parent}: {why}")
+            self.check_path()
             if not self.folder.is_dir() and (self.folder.exists() or self.folder.is_symlink()):
                 raise UserError(f"{self.folder} is no folder, as a run's checkpoints need; move it away")
             if self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
                 raise UserError(f"{self.folder} cannot be written; mend its permissions, or choose another out_dir")
         if self._first:
             self._place.tidy()
+
+    def check_path(self) -> None:
+        """Raises UserError where every save would fail for what is in the folder's path."""
+        if not isinstance(self.folder, Path):
+            return
+        try:
+            _spec({"driver": "file", "path": f"{self.folder}/"})
+            bad = min(set(str(self.folder)) & set("[]\\"), default="")
+        except ValueError:
+            bad = ".__lock"
+        if bad:
+            why = f"TensorStore finds no files in a folder with {bad} in its path; choose another"
+            raise UserError(f"out_dir {self.folder.parent}: {why}")
 
     def check_room(self, state: Any) -> None:
         """Raises Unavailable where a new run's disk has no room for one checkpoint of `state`, a pytree of shapes."""
@@ -422,7 +428,8 @@ def _absolute(folder: Any) -> Any:
     path = folder.absolute()
     if not isinstance(path, Path) or not {"..", "//"} & set(path.parts):
         return path
-    return Path("/", *path.resolve().parts[1:]) if os.name == "posix" else path.resolve()
+    path = Path(os.path.realpath(path))
+    return Path("/", *path.parts[1:]) if os.name == "posix" else path
 
 
 def _flat(tree: Any) -> tuple[dict[str, Any], Any]:
