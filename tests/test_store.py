@@ -485,6 +485,9 @@ def test_bad_input_is_one_line_before_anything_is_compiled(servers, scheme, tiny
     with pytest.raises((UserError, OSError)) as error:
         train(tiny_config(out_dir=f"{scheme}://{BUCKET}/run"))
     assert "check the credentials" in str(user_error(error.value))
+    servers[scheme].fault = lambda method, path: 403 if method == "DELETE" else None
+    with pytest.raises(UserError, match="objects cannot be deleted there"):
+        train(tiny_config(out_dir=f"{scheme}://{BUCKET}/run"))
     servers[scheme].fault = lambda method, path: None
     with monkeypatch.context() as patch:
         patch.setattr(servers[scheme], "drop_conditions", True)

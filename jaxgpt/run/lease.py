@@ -94,6 +94,8 @@ class Lease(RunLock):
             found = self._read()
             if found is not None and (problem := self._watch(*found)):
                 return problem
+            if problem := self._check_deletes():
+                return problem
             began, expected = now(), self._generation
             if not self._write(expected):
                 return Unavailable(
@@ -110,6 +112,16 @@ class Lease(RunLock):
         self._held, self._until = True, began + self._seconds
         self._thread.start()
         self.callback(self._remove)
+        return None
+
+    def _check_deletes(self) -> UserError | None:
+        """The error where nothing can be deleted: the lease would stay, and a resumed run could not be saved."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.with_name(f"{LOCK}-{self._id['id']}").unlink()  # there is none
+        except PermissionError as error:
+            why = f"objects cannot be deleted there, as older checkpoints are ({error.strerror})"
+            return UserError(f"{self._path.parent}: {why}; allow it, or choose another out_dir")
         return None
 
     def _read(self) -> tuple[dict, bytes] | None:
