@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is bit for bit what was saved, or an older checkpoint, or an error; nothing else."""
 
+import errno
 import gc
 import json
 import logging
@@ -233,6 +234,23 @@ def test_keeps_the_newest_and_the_best(tmp_path_factory, losses, keep):
     if best is not None:
         restored, info, step = ckpts.restore({"x": jax.ShapeDtypeStruct((3,), jnp.int32)}, "best")
         assert step == best and int(restored["x"][0]) == best and info["val_loss"] == losses[best]
+
+
+def test_a_record_that_cannot_be_read_for_a_while_costs_no_checkpoint(tmp_path, monkeypatch):
+    """It may be sound, and the best; so may the one just saved, whose record is read as well."""
+    state, read = {"step": jnp.int32(1)}, checkpoint.Disk.record
+    ckpts = save_all(tmp_path, {1: state}, keep=1, infos={1: {"val_loss": 1.0}})
+
+    def fails(place, step):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint.Disk, "record", fails)
+    for step in 2, 3:
+        ckpts.save(step, state, {"val_loss": 2.0})
+        assert ckpts.wait() and ckpts.steps() == list(range(1, step + 1))
+    monkeypatch.setattr(checkpoint.Disk, "record", read)
+    ckpts.save(4, state, {"val_loss": 2.0})
+    assert ckpts.wait() and ckpts.steps() == [1, 4]
 
 
 def test_a_step_is_saved_once_and_gets_its_validation_loss_later(tmp_path):

@@ -71,6 +71,7 @@ SPARE_FILES = 64  # files and folders that it may take: measured 21 for one proc
 SMALL_FILE = 2**20  # files up to this many bytes are hashed whole; larger ones hold arrays, which have their digests
 # What Orbax, TensorStore and json are known to raise over a damaged file, a full disk or a mount that went away.
 FAILURES = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, UserError)
+GONE = (errno.ENOENT, errno.ENOTDIR)  # a file is not there
 
 
 class PendingSave(NamedTuple):
@@ -173,10 +174,19 @@ class Checkpoints:
             whole = record["seal"] == _seal(record) and record["step"] == step
         except FAILURES as error:
             self._check_reachable(error)
-            raise ValueError(f"record.json cannot be read ({_brief(error)})") from None
+            kind = _Unread if isinstance(error, OSError) and error.errno not in GONE else ValueError
+            raise kind(f"record.json cannot be read ({_brief(error)})") from None
         if not whole:
             raise ValueError("record.json does not match its seal")
         return record
+
+    def _unread(self, step: int) -> bool:
+        """Whether the record cannot be read now, as for want of file descriptors: it may be sound, and the best."""
+        try:
+            self._record(step)
+        except ValueError as error:
+            return isinstance(error, _Unread)
+        return False
 
     def _check_reachable(self, error: Exception) -> None:
         """Raises Unavailable where the store could not be had: that says nothing of a checkpoint."""
@@ -292,10 +302,11 @@ class Checkpoints:
         except (OSError, Unavailable) as error:
             log.warning("what is no longer needed in %s stays until the next save: %s", self.folder, _brief(error))
             return
-        for old in {*self._steps()} - {*whole[-self.keep :], *best}:
+        for old in {*self._steps()} - {step, *whole[-self.keep :], *best}:
             try:
-                self._place.remove(old)
-            except OSError as error:
+                if old in whole or old > step or not self._unread(old):
+                    self._place.remove(old)
+            except (OSError, Unavailable) as error:
                 log.warning("checkpoint %d is no longer needed but cannot be removed: %s", old, _brief(error))
 
     def wait(self) -> bool:
@@ -465,6 +476,10 @@ def _check_format(record: dict, wanted: dict[str, Any], folder: store.AnyPath) -
             f"{folder} was saved by an older jaxgpt (format {version}) and cannot be resumed by this one; start a new "
             f"run from its parameters: --config.init_from={folder.parent.parent} and another out_dir"
         )
+
+
+class _Unread(ValueError):
+    """The file is there, or may be, and could not be read."""
 
 
 class _OtherModel(ValueError):
