@@ -117,10 +117,9 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(f"out of memory ({found}); choose a smaller batch_size or remat=block, or more devices")
     if isinstance(error, RuntimeError) and re.search("Unable to initialize backend|^Unknown backend", text):
         hint = "unset JAX_PLATFORMS and JAX_PLATFORM_NAME, or name what this machine has: cpu"
-        if asked := next(
-            (x for x in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS") if os.environ.get(x) and "'cpu'" in text), None
-        ):
-            hint = f"mend or unset {asked}={os.environ[asked]}"
+        counts = [f"{x}={os.environ[x]}" for x in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS") if os.environ.get(x)]
+        if counts and "backend 'cpu'" in text:  # such as none
+            hint = f"mend or unset {', '.join(counts)}"
         return UserError(f"{text[:300]}; {hint}")
     if isinstance(error, ValueError) and "Disable jit is not supported" in text:
         return UserError("JAX_DISABLE_JIT is set, and this compiles what it computes; unset it")

@@ -226,7 +226,7 @@ def test_what_the_cpu_cannot_do_for_a_variable_is_one_line(monkeypatch):
     assert str(user_error(error.value)).startswith("JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32_X9 in the environment")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "0")
     none = RuntimeError("Unable to initialize backend 'cpu': INVALID_ARGUMENT: Could not determine process_index")
-    assert str(user_error(none)).endswith("; mend or unset JAX_NUM_CPU_DEVICES=0")
+    assert "; mend or unset JAX_NUM_CPU_DEVICES=0" in str(user_error(none))
 
 
 def test_a_working_folder_that_is_gone_is_one_line(monkeypatch, tmp_path):
