@@ -141,6 +141,9 @@ class Corpus:
                 expected = f"the {width * tokens[path]:,} of meta.json" if path in tokens else f"{width} for each token"
                 what = f"has {size:,} bytes, not {expected}" if size else "is missing or empty"
                 raise UserError(f"{path} {what}: it is truncated or damaged; run its prepare.py again")
+            if path not in tokens and width == 2 and _is_wider(path, headers[-1]):
+                why = "its tokens are numbers of 32 or 64 bits, and without meta.json 16 are read"
+                raise UserError(f"{path}: {why}; write them as np.uint16")
         corpus = arriving or cls(paths, meta, vocab_size, headers)
         if len(corpus) < block_size + 1:
             raise UserError(
@@ -273,6 +276,12 @@ class Arriving(Corpus):
                 start += count
         tokens = np.frombuffer(b"".join(self._pieces(spans)), self.dtype.newbyteorder("<"))
         return self._checked(tokens.astype(self.dtype).reshape(len(starts), width), starts)
+
+
+def _is_wider(path: Path, start: int) -> bool:
+    """Whether numbers of 32 or 64 bits lie there: read as uint16, every other one of the first 200 is 0."""
+    first = np.fromfile(path, "<u2", 200, offset=start)
+    return len(first) >= 100 and bool(first[::2].any()) and not first[1::2].any()
 
 
 def header_bytes(path: Path, size: int) -> int:

@@ -500,6 +500,16 @@ def test_mixture_is_exact_and_each_corpus_keeps_its_epochs(folder):
         assert (np.diff(first_epoch) == 10).all()
 
 
+@pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8"])
+def test_tokens_that_were_written_with_more_bits_are_refused(tmp_path, dtype):
+    """As numpy does by itself: they read as tokens too, every other one, or three of four, being 0."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 500)
+    assert len(corpus_of(tmp_path, tokens)) == 500
+    tokens.astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match="train.bin: its tokens are numbers of 32 or 64 bits.* as np.uint16"):
+        Corpus.open(tmp_path, "train", block_size=4, vocab_size=VOCAB)
+
+
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
