@@ -343,10 +343,10 @@ def polar_express(s):
     return s
 
 
-SIZES = st.sampled_from([(1, 1), (1, 13), (5, 5), (7, 20), (12, 32)])  # few: each compiles
+SHAPES_OF_A_MATRIX = st.sampled_from([(1, 1), (1, 13), (5, 5), (7, 20), (12, 32)])  # few: each compiles
 
 
-@given(size=SIZES, power=st.integers(-6, 6), seed=st.integers(0, 99))
+@given(size=SHAPES_OF_A_MATRIX, power=st.integers(-6, 6), seed=st.integers(0, 99))
 def test_orthogonalization_is_that_of_the_svd(size, power, seed):
     """In float64 and float32, of any size: the scale of a gradient does not matter."""
     x = np.random.default_rng(seed).normal(size=size) * 10.0**power
