@@ -426,8 +426,11 @@ class Appender:
             try:
                 self._put(data)
                 error = None
+                succeeded(self._path)  # said before who waits for this attempt goes on
             except OSError as raised:
                 error = raised
+                if failed(self._path):
+                    log.warning("%s: %s; what is new stays in memory until it can be", self._path, error.strerror)
             with self._wanted:
                 if error is None:
                     self._sent += fresh
@@ -439,10 +442,7 @@ class Appender:
                 self._attempts += 1
                 self._wanted.notify_all()
             if error is None:
-                succeeded(self._path)
                 continue
-            if failed(self._path):
-                log.warning("%s: %s; what is new stays in memory until it can be", self._path, error.strerror)
             with self._wanted:
                 self._wanted.wait_for(lambda: self._closing, AGAIN_S)
 
