@@ -158,14 +158,20 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return sorted(int(name) for name in self._place.names() if re.fullmatch(r"0|[1-9]\d{0,8}", name))
 
-    def _whole(self) -> tuple[list[int], list[int]]:
-        """Steps, ascending, whose record is whole; and, if any has a validation loss, the one with the lowest."""
-        losses = {}
-        for step in set(self._steps()) - self._unsound:
-            with contextlib.suppress(ValueError):
-                losses[step] = self._record(step)["info"].get("val_loss")
+    def _whole(self) -> tuple[list[int], list[int], dict[int, ValueError]]:
+        """Steps, ascending, whose record is whole; if any has a validation loss, the one with the lowest; and what is
+        wrong with other steps' records."""
+        losses, wrong = {}, {}
+        for step in self._steps():
+            try:
+                record = self._record(step)
+            except ValueError as error:
+                wrong[step] = error
+                continue
+            if step not in self._unsound:
+                losses[step] = record["info"].get("val_loss")
         finite = sorted((x, step) for step, x in losses.items() if x is not None and math.isfinite(x))
-        return sorted(losses), [step for _, step in finite[:1]]
+        return [*losses], [step for _, step in finite[:1]], wrong
 
     def _record(self, step: int) -> dict:
         """The checkpoint's record, its seal checked. Raises ValueError."""
@@ -179,14 +185,6 @@ class Checkpoints:
         if not whole:
             raise ValueError("record.json does not match its seal")
         return record
-
-    def _unread(self, step: int) -> bool:
-        """Whether the record cannot be read now, as for want of file descriptors: it may be sound, and the best."""
-        try:
-            self._record(step)
-        except ValueError as error:
-            return isinstance(error, _Unread)
-        return False
 
     def _check_reachable(self, error: Exception) -> None:
         """Raises Unavailable where the store could not be had: that says nothing of a checkpoint."""
@@ -298,15 +296,16 @@ class Checkpoints:
         # After resuming from an earlier step, newer checkpoints are stale and are deleted.
         try:
             self._unsound.update(later for later in self._steps() if later > step)
-            whole, best = self._whole()
+            whole, best, wrong = self._whole()
         except (OSError, Unavailable) as error:
             log.warning("what is no longer needed in %s stays until the next save: %s", self.folder, _brief(error))
             return
         for old in {*self._steps()} - {step, *whole[-self.keep :], *best}:
+            if old < step and isinstance(wrong.get(old), _Unread):  # it may be sound, and the best
+                continue
             try:
-                if old in whole or old > step or not self._unread(old):
-                    self._place.remove(old)
-            except (OSError, Unavailable) as error:
+                self._place.remove(old)
+            except OSError as error:
                 log.warning("checkpoint %d is no longer needed but cannot be removed: %s", old, _brief(error))
 
     def wait(self) -> bool:
@@ -354,13 +353,12 @@ class Checkpoints:
         wanted = _flat(abstract_state)[0]
         there = self.steps()
         steps = [step for step in reversed(there) if isinstance(which, str) or step == which]
-        best = _from_first(self._whole()[1]) if which == "best" else []
-        problems, other_model = [], ""
-        for step in steps if which == "best" and self._first else ():  # it might be the best: its loss is not known
-            try:
-                self._record(step)
-            except ValueError as error:
-                problems.append(f"checkpoint {step} passed over: {_brief(error)}")
+        best, problems, other_model = [], [], ""
+        if which == "best":
+            _, best, wrong = self._whole()
+            best = _from_first(best)
+            for step in sorted(wrong, reverse=True) if self._first else ():  # it might be the best: its loss is unknown
+                problems.append(f"checkpoint {step} passed over: {_brief(wrong[step])}")
         for step in dict.fromkeys(best + steps):
             try:
                 record, arrays = self._read(step, wanted, optional)
@@ -479,7 +477,7 @@ def _check_format(record: dict, wanted: dict[str, Any], folder: store.AnyPath) -
 
 
 class _Unread(ValueError):
-    """The file is there, or may be, and could not be read."""
+    """The file is there, or may be, and cannot be read now, as for want of file descriptors."""
 
 
 class _OtherModel(ValueError):
