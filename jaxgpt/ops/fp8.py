@@ -140,6 +140,8 @@ def dot(
 
     Sums of more than 4,096 terms are in float32; cuBLAS adds up shorter ones faster, to some 14 bits.
     """
+    # A slice would be moved behind the conversion, and the product be one of bfloat16
+    a, b = jax.lax.optimization_barrier((a, b))
     b = b.astype(jnp.bfloat16) * (1 / scale).astype(jnp.bfloat16)
     return jax.lax.dot_general(
         a.astype(jnp.bfloat16),
