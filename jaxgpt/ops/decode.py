@@ -179,7 +179,8 @@ def _tile(batch: int, o: int, k: int, normalizes: bool) -> Tile:
     if batch == 1:  # one warp owns whole rows, so nothing waits for another warp
         block = next(n for n in (4, 2, 1) if n == 1 or (k <= 1024 and o >= n * 512))
         return Tile(block, groups=max(1, o // (block * 2048)))
-    block = 32 if o > 8192 else 16
+    # what a program reads of x, and normalizes, is for as many rows of w as its registers hold
+    block = 32 if o > (1024 if k <= 1024 and batch <= 16 else 8192) else 16
     return Tile(block, num_warps=4 if k <= 1024 or batch > 16 else 2, num_stages=6 if batch <= 16 else 3)
 
 
