@@ -15,8 +15,8 @@ from jaxgpt.config import default_config, resolve
 from jaxgpt.decoding import Generator, Sampling
 from jaxgpt.models import bind, init_params
 from jaxgpt.models.gpt2 import GPTConfig
-from jaxgpt.ops import choose, decode, fp8
-from jaxgpt.ops.activation import gelu_gradient, gelu_value, relu2_gradient, relu2_value
+from jaxgpt.ops import choose, decode, fp8, matmul
+from jaxgpt.ops.activation import ACTIVATIONS, gelu_gradient, gelu_value, relu2_gradient, relu2_value
 from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.attention import supports as attention_supports
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
@@ -198,6 +198,38 @@ def test_fp8_block(activation):
     got = with_gradients(functools.partial(f, fast=Fast(True, fp8=True)), x, branch, w, w2)
     want = with_gradients(functools.partial(f, fast=Fast()), x, branch, w, w2)
     assert_alike(got, want, 0.12)
+
+
+def test_no_product_of_fp8_is_made_in_bfloat16():
+    """Of queries, keys and values and of an MLP, forward and backward, as XLA compiles them."""
+    x, w, w2 = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1024, 256), (256, 3, 256), (256, 1024)])
+    w3, fast = jax.ShapeDtypeStruct((1024, 256), jnp.float32), Fast(True, fp8=True)
+
+    def loss(x, w, w2, w3):
+        x = x.astype(jnp.bfloat16)
+        x, (q, k, v) = add_norm_linear(x, None, Norm("rms"), w, fast=fast)
+        x, y = add_norm_linear(x, q * k + v, Norm("rms"), w2, activation="gelu", fast=fast)
+        return jnp.sum(linear(y, w3, fast=fast).astype(jnp.float32) ** 2)
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, w, w2, w3).compile().as_text()
+    # forward 3, 1 and 1; backward that of queries, keys and values is one product for x, and one for its weights
+    assert program.count('custom_call_target="__cublas$lt$matmul$f8"') == 5 + 6
+    assert 'custom_call_target="__cublas$lt$matmul"' not in program and "__cublas$gemm" not in program
+    assert " dot(" not in program
+
+
+@pytest.mark.skipif(not matmul.supports(128, 64, 128, BF16), reason="wgmma is Hopper's")
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("m", "k", "n"), [(65536, 768, 3072), (128, 64, 128), (4992, 1024, 640)])
+def test_product_that_ends_in_an_activation(m, k, n, dtype, activation):
+    x, w, h = normal(0, m, k, dtype=dtype), normal(1, k, n, dtype=dtype, std=k**-0.5), normal(2, m, n, dtype=dtype)
+    total, pointwise = jnp.matmul(x, w, preferred_element_type=F32), ACTIVATIONS[activation]
+    before, value = matmul.activate_in_product(x, w, activation)
+    assert_alike(before, total.astype(dtype), ROUNDING[dtype])
+    assert_alike(value, pointwise.value(before.astype(F32)).astype(dtype), ROUNDING[dtype])
+    gradient = matmul.gradient_in_product(x, w, h, activation)
+    assert_alike(gradient, pointwise.gradient(h.astype(F32), total).astype(dtype), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("batch", [1, 10, 33])

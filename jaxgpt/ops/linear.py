@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxgpt.ops import decode, fp8
+from jaxgpt.ops import decode, fp8, matmul
 from jaxgpt.ops.activation import activate
 from jaxgpt.ops.norm import Norm, add_norm
 from jaxgpt.ops.paths import note
@@ -31,7 +31,7 @@ PLAIN = Fast()
 
 
 def linear(
-    x: Float[Array, "M K"] | fp8.Quantized,
+    x: Float[Array, "M K"] | fp8.Quantized | matmul.Activated,
     w: Float[Array, "K *G N"],
     b: Float[Array, "*G N"] | None = None,
     *,
@@ -43,12 +43,19 @@ def linear(
 ) -> Any:
     """activation(x @ w + b), (M, N) in `dtype`, by default x's; a w of (K, G, N) gives a tuple of G such matrices.
 
-    activation: a key of activation.ACTIVATIONS. In FP8 its result is Quantized: for `linear` alone to read. columns:
-    the first so many columns of the result alone, for a w of (K, N).
+    activation: a key of activation.ACTIVATIONS. In FP8 its result is Quantized: for `linear` alone to read. Where a
+    kernel computes it, it is Activated, which is an array to all else. columns: the first so many columns of the result
+    alone, for a w of (K, N).
 
     residual: the residual stream, to which this is a branch. The result then is the pair (stream, branch) that
     `add_norm_linear` takes next: with the branch unadded, or, decoding, with it in the stream and None in its place.
     """
+    plain = w.ndim == 2 and columns is dtype is None and not fast.fp8
+    if isinstance(x, matmul.Activated):
+        if plain:
+            y = _finish(matmul.product(x, w.astype(x.value.dtype)), b, activation, fast)
+            return y if residual is None else (residual, y)
+        x = x.array()
     if residual is not None:
         if _decodes(x, fast):
             return _decoded(x, None, w, b, activation, dtype, columns, residual), None
@@ -63,6 +70,8 @@ def linear(
         return _decoded(x, None, w, b, activation, dtype, columns)
     note("products", x.dtype.name)
     w = w.astype(x.dtype)
+    if activation and plain and fast.kernels and matmul.supports(x.shape[0], x.shape[1], w.shape[1], x.dtype):
+        return matmul.activated_product(x, w, None if b is None else b.astype(x.dtype), activation)
     if w.ndim == 2:
         return _finish(jnp.matmul(x, w, preferred_element_type=dtype), b, activation, fast)[:, :columns]
     # several products rather than one: their outputs are what attention takes, where slices would be copies

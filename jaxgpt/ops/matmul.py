@@ -1,0 +1,335 @@
+"""Products that end in an activation, or in its derivative, as one kernel: for Hopper GPUs, by Pallas' Mosaic backend.
+
+cuBLAS computes GELU after a product, and at the cost of a slow one where GELU's input is wanted too; its derivative
+would be a pass of its own over two matrices of the MLP's hidden width. Here two warpgroups take tiles in turn: one
+multiplies while the other works on its tile's elements (ping-pong; CUTLASS has the schedule by that name), and a third
+fetches what both need.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from jaxgpt.ops.activation import ACTIVATIONS, activate
+from jaxgpt.ops.activation import supports as in_cublas
+from jaxgpt.ops.launch import available
+from jaxgpt.ops.paths import note
+
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of the summed dimension fetched at a time
+STAGES = 5  # such parts on their way: with the elements' buffers 224 of a multiprocessor's 227 KiB
+BAND = 8  # tiles of rows that are worked on at a time, so that what they share is found in the L2 cache
+
+
+def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether there is a kernel for (M, K) times (K, N) on these devices: of 16 bits, in whole tiles, on Hopper.
+
+    And K at most 1,024: of a longer sum cuBLAS' lead takes more than the pass over its result (K = 1,600: 1.2% of a
+    step of gpt2-xl, where 124M gains 2.4%).
+    """
+    whole = m % ROWS == n % COLUMNS == k % DEPTH == 0 < k <= 1024
+    return whole and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and _on_hopper() and available()
+
+
+@functools.cache
+def _on_hopper() -> bool:
+    # wgmma, the instruction for products, is of compute capability 9.0 alone
+    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+    return hopper and importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is not None
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=["activation"], data_fields=["before", "value"])
+@dataclasses.dataclass(frozen=True)
+class Activated:
+    """An activation's result, with its input: the product that takes it sends its gradient through both at once.
+
+    For `product`; to all else it is the array that it would be without a kernel.
+    """
+
+    before: Float[Array, "M N"]
+    value: Float[Array, "M N"]  # without a gradient
+    activation: str
+
+    def array(self) -> Float[Array, "M N"]:
+        """The value, with its gradient."""
+        return _attach(self.before, self.value, self.activation)
+
+    __jax_array__ = array
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.array(), name)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.array(), name)(*others)
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv"):
+    for _side in ("", "r"):
+        setattr(Activated, f"__{_side}{_name}__", _operator(f"__{_side}{_name}__"))
+for _name in ("neg", "abs", "lt", "le", "gt", "ge"):
+    setattr(Activated, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def activated_product(
+    x: Float[Array, "M K"], w: Float[Array, "K N"], b: Float[Array, " N"] | None, activation: str
+) -> Activated:
+    """activation(x @ w + b), a key of ACTIVATIONS; w and b are in x's dtype."""
+    note("activation", "kernel")
+    if b is None and not in_cublas(activation):
+        before, value = _activated_product(x, w, activation)  # pyright: ignore[reportGeneralTypeIssues]
+    else:  # cuBLAS takes less time: 0.53 ms for GELU in 124M's MLP, where the kernel takes 0.61
+        before = x @ w if b is None else x @ w + b
+        value = activate(before, activation, kernels=True)
+    return Activated(before, jax.lax.stop_gradient(value), activation)
+
+
+def product(x: Activated, w: Float[Array, "N K"]) -> Float[Array, "M K"]:
+    """x @ w; w is in x's dtype."""
+    return _product_of_activated(x.before, x.value, w, x.activation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _activated_product(x, w, activation: str) -> tuple[Array, Array]:
+    before = x @ w
+    return before, activate(before, activation)
+
+
+def _activated_product_backward(activation, saved, gradients):
+    return jax.vjp(jnp.matmul, *saved)[1](gradients[0])
+
+
+_activated_product.defvjp(
+    lambda x, w, activation: (activate_in_product(x, w, activation), (x, w)), _activated_product_backward
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product_of_activated(before, value, w, activation: str):
+    return value @ w
+
+
+def _product_of_activated_backward(activation, saved, dy):
+    before, value, w = saved
+    if supports(dy.shape[0], dy.shape[1], w.shape[0], dy.dtype):
+        d_before = gradient_in_product(dy, w.T, before, activation)
+    else:
+        d_before = _gradient(before, dy @ w.T, activation)
+    return d_before, None, jax.vjp(lambda w: value @ w, w)[1](dy)[0]
+
+
+_product_of_activated.defvjp(
+    lambda before, value, w, activation: (value @ w, (before, value, w)), _product_of_activated_backward
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attach(before, value, activation: str):
+    """value, with a gradient."""
+    return value
+
+
+_attach.defvjp(
+    lambda before, value, activation: (value, before),
+    lambda activation, before, dy: (_gradient(before, dy, activation), None),
+)
+
+
+def _gradient(before, dy, activation):
+    return ACTIVATIONS[activation].gradient(before.astype(jnp.float32), dy.astype(jnp.float32)).astype(before.dtype)
+
+
+# jitted so that a model traces and lowers each once, not once a layer
+@functools.partial(jax.jit, static_argnames="activation")
+def activate_in_product(
+    x: Float[Array, "M K"], w: Float[Array, "K N"], activation: str
+) -> tuple[Float[Array, "M N"], Float[Array, "M N"]]:
+    """x @ w, and its activation; in x's dtype, from float32."""
+
+    def end(total):
+        before = total.astype(x.dtype).astype(jnp.float32)
+        return before, ACTIVATIONS[activation].value(before, _sigmoid)
+
+    before, value = _launch(x, w, None, end, outs=2)
+    return before, value
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def gradient_in_product(
+    dy: Float[Array, "M K"], w: Float[Array, "K N"], before: Float[Array, "M N"], activation: str
+) -> Float[Array, "M N"]:
+    """The gradient of `before`, whose activation's gradient is dy @ w; in dy's dtype, from float32."""
+
+    def end(total, before):
+        return (ACTIVATIONS[activation].gradient(before, total, _sigmoid),)
+
+    return _launch(dy, w, before, end, outs=1)[0]
+
+
+def _sigmoid(x):
+    # two instructions of the special function unit, where a division would take many of others: error 2^-21
+    root = jax.lax.rsqrt(1 + jnp.exp(-x))
+    return root * root
+
+
+def _launch(
+    a: Float[Array, "M K"],
+    b: Float[Array, "K N"],
+    extra: Float[Array, "M N"] | None,
+    end: Callable[..., Sequence[Array]],
+    outs: int,
+) -> Sequence[Float[Array, "M N"]]:
+    """end(a @ b, extra), applied to parts of tiles in float32; `outs` matrices in a's dtype, one if there is extra."""
+    from jax.experimental.pallas import mosaic_gpu as gpu  # 0.2 s, for those who need it
+
+    (m, k), n, dtype = a.shape, b.shape[1], a.dtype
+    programs = getattr(jax.local_devices()[0], "core_count", 2)  # one for each multiprocessor; interpreted, two
+    steps, half = k // DEPTH, COLUMNS // 2
+
+    def kernel(a_ref, b_ref, *refs):
+        extra_ref, out_refs = (None, refs) if extra is None else (refs[0], refs[1:])
+        layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
+
+        def shared(*shape):
+            return gpu.SMEM(shape, dtype, transforms=layout)
+
+        @functools.partial(
+            pl.run_scoped,
+            a_parts=shared(STAGES, ROWS, DEPTH),
+            b_parts=shared(STAGES, DEPTH, COLUMNS),
+            elements=shared(2, 2, ROWS, half),  # for each multiplying warpgroup: halves of extra, or of two results
+            # a barrier counts its phases in each warpgroup that waits: so one of each stage for each of the two
+            fetched=gpu.Barrier(num_arrivals=2, num_barriers=2 * STAGES),
+            used=gpu.Barrier(num_barriers=STAGES),
+            extra_fetched=gpu.Barrier(num_arrivals=2, num_barriers=2),
+            stored=gpu.Barrier(num_barriers=2),
+            turn=gpu.Barrier(num_barriers=2),
+            collective_axes="group",
+        )
+        def scope(a_parts, b_parts, elements, fetched, used, extra_fetched, stored, turn):
+            program, group = jax.lax.axis_index("program"), jax.lax.axis_index("group")
+            tiles = jax.lax.div(m // ROWS * (n // COLUMNS) - program + programs - 1, programs)  # this program's
+
+            def place(tile):
+                across = gpu.planar_snake(program + tile * programs, (m // ROWS, n // COLUMNS), 0, BAND)
+                return across[0] * ROWS, across[1] * COLUMNS
+
+            @pl.when(group == 2)
+            def _fetch():
+                gpu.set_max_registers(40, action="decrease")
+
+                @pl.loop(0, tiles)
+                def _tile(tile):
+                    row, column = place(tile)
+                    side = jax.lax.rem(tile, 2)
+
+                    @pl.loop(0, steps)
+                    def _step(i):
+                        count = tile * steps + i
+                        stage = jax.lax.rem(count, STAGES)
+                        arrived = fetched.at[side * STAGES + stage]
+
+                        @pl.when(count >= STAGES)
+                        def _():
+                            gpu.barrier_wait(used.at[stage])
+
+                        depth = pl.ds(i * DEPTH, DEPTH)
+                        gpu.copy_gmem_to_smem(a_ref.at[pl.ds(row, ROWS), depth], a_parts.at[stage], arrived)
+                        gpu.copy_gmem_to_smem(b_ref.at[depth, pl.ds(column, COLUMNS)], b_parts.at[stage], arrived)
+
+                        if (source := extra_ref) is None:
+                            return
+
+                        # late enough that its buffer, that of the tile before the last one, is free by then
+                        @pl.when(i == min(STAGES, steps - 1))
+                        def _():
+                            @pl.when(tile >= 2)
+                            def _():
+                                gpu.barrier_wait(stored.at[side])
+
+                            for j in range(2):
+                                part = source.at[pl.ds(row, ROWS), pl.ds(column + j * half, half)]
+                                gpu.copy_gmem_to_smem(part, elements.at[side, j], extra_fetched.at[side])
+
+            @pl.when(group < 2)
+            def _multiply():
+                gpu.set_max_registers(232, action="increase")
+
+                def release(count):
+                    @pl.when(count + STAGES < tiles * steps)
+                    def _():
+                        gpu.barrier_arrive(used.at[jax.lax.rem(count, STAGES)])
+
+                @pl.loop(0, jax.lax.div(tiles - group + 1, 2))
+                def _tile(pair):
+                    tile = 2 * pair + group
+                    row, column = place(tile)
+
+                    @pl.when(tile > 0)
+                    def _():
+                        gpu.barrier_wait(turn.at[group])
+
+                    def sums(total):
+                        @pl.loop(0, steps)
+                        def _step(i):
+                            count = tile * steps + i
+                            stage = jax.lax.rem(count, STAGES)
+                            gpu.barrier_wait(fetched.at[group * STAGES + stage])
+                            gpu.wgmma(total, a_parts.at[stage], b_parts.at[stage])
+                            gpu.wgmma_wait(1)
+
+                            @pl.when(i > 0)
+                            def _():
+                                release(count - 1)
+
+                        @pl.when(tile + 1 < tiles)
+                        def _():
+                            gpu.barrier_arrive(turn.at[1 - group])
+
+                        done = total[...]
+                        release((tile + 1) * steps - 1)
+                        return done
+
+                    total = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32))
+                    if extra_ref is not None:
+                        gpu.barrier_wait(extra_fetched.at[group])
+                    for j in range(2):
+                        part = total[:, j * half : (j + 1) * half]
+                        if extra_ref is None:
+                            results, buffers = end(part), range(outs)
+                            gpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        else:
+                            results, buffers = end(part, elements[group, j].astype(jnp.float32)), [j]
+                        for buffer, result in zip(buffers, results, strict=True):
+                            elements[group, buffer] = result.astype(dtype)
+                        gpu.commit_smem()
+                        for buffer, out in zip(buffers, out_refs, strict=True):
+                            to = out.at[pl.ds(row, ROWS), pl.ds(column + j * half, half)]
+                            gpu.copy_smem_to_gmem(elements.at[group, buffer], to)
+                    if extra_ref is None:
+                        return
+
+                    @pl.when(tile + 2 < tiles)
+                    def _():
+                        gpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        gpu.barrier_arrive(stored.at[group])
+
+                gpu.wait_smem_to_gmem(0)
+
+    kernel.__name__ = "product_activated" if extra is None else "product_and_gradient"  # what profiles show
+    run = gpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((m, n), dtype)] * outs,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=gpu.CompilerParams(approx_math=True, lowering_semantics=gpu.LoweringSemantics.Warpgroup),
+    )
+    return run(a, b) if extra is None else run(a, b, extra)
