@@ -51,6 +51,7 @@ import importlib.util
 import math
 import re
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -337,6 +338,29 @@ def bind(config: ModelConfig, params: Params) -> Any:
 @functools.lru_cache(maxsize=8)  # over a second for 48 layers
 def _structure(config: ModelConfig):
     return nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param)
+
+
+def traced_once(f: Callable, *, remat: bool = False, static: tuple[int, ...] = ()) -> Callable:
+    """`f(module, x, ...)` for all layers of a model that JAX traces, differentiates and lowers for the first alone.
+
+    Modules whose static attributes differ, or arguments of other shapes, get a trace of their own. What f does beside
+    its result is lost: it sets nothing in its module. Make it anew in each `hidden`, as each program notes which paths
+    its ops take (ops/paths.py).
+
+    remat: recompute f in the backward pass. static: the places of arguments that are no arrays.
+    """
+
+    def call(*args):  # a new function: JAX keeps traces by function
+        return f(*args)
+
+    call = jax.checkpoint(call, static_argnums=static) if remat else call
+    jitted = jax.jit(call, static_argnums=static)
+    # where nothing is traced each call of a new jitted function would compile it again
+    return lambda module, x, *args: (jitted if isinstance(x, jax.core.Tracer) else call)(module, x, *args)
+
+
+# One function for each standard deviation: layers are alike only if theirs is the same
+normal = functools.cache(nnx.initializers.normal)
 
 
 # --- roles ---

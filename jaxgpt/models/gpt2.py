@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
-from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, pure
+from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, normal, pure, traced_once
 from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
 from jaxgpt.ops.dropout import dropout
@@ -71,8 +71,8 @@ def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def _linear(
     config: GPTConfig, n_in: int, n_out: int | tuple[int, ...], std: float, rngs: nnx.Rngs
 ) -> nnx.LinearGeneral:
-    init = nnx.initializers.normal(std)
-    return nnx.LinearGeneral(n_in, n_out, use_bias=config.bias, dtype=config.dtype, kernel_init=init, rngs=rngs)
+    options = {"use_bias": config.bias, "dtype": config.dtype, "kernel_init": normal(std)}
+    return nnx.LinearGeneral(n_in, n_out, **options, rngs=rngs)
 
 
 def _norm(layer: nnx.LayerNorm) -> Norm:
@@ -181,12 +181,12 @@ class GPT(nnx.Module):
             seeds = jax.random.bits(jax.random.key(seed), (3 * c.n_layer + 1,), jnp.uint32)
             x = dropout(x, c.dropout, seeds[-1])
         docs = documents(c, tokens, cache)
+        run = traced_once(Block.__call__, remat=c.remat == "block", static=(3,))
         branch = None
         layers_k, layers_v = [], []
         for i, block in enumerate(self.h):
             layer_seeds = None if seeds is None else seeds[3 * i : 3 * i + 3]
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.length)
-            run = nnx.remat(Block.__call__, static_argnums=(3,)) if c.remat == "block" else Block.__call__
             x, branch, new = run(block, x, branch, batch, layer_seeds, docs, layer_cache)
             if new is not None:
                 layers_k.append(new[0])

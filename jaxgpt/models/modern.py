@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from jaxgpt import UserError
 from jaxgpt.keys import key
-from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents
+from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, normal, traced_once
 from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.cross_entropy import linear_cross_entropy, sampled_cross_entropy
 from jaxgpt.ops.dropout import dropout
@@ -98,7 +98,7 @@ class ModernConfig(ModelConfig):
 def _linear(config: ModernConfig, n_in: int, n_out: int | tuple[int, ...], *, back: bool, rngs: nnx.Rngs):
     """A matrix of standard deviation 0.5/√n_in; one back to the residual stream begins at 0, or smaller by √(2L)."""
     std = 0.5 / math.sqrt(n_in) * (0.0 if config.zero_init else 1 / math.sqrt(2 * config.n_layer)) ** back
-    return nnx.LinearGeneral(n_in, n_out, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+    return nnx.LinearGeneral(n_in, n_out, use_bias=False, kernel_init=normal(std), rngs=rngs)
 
 
 def rotate(x: Float[Array, "B T N H"], start: Int[Array, ""] | int, part: float) -> Float[Array, "B T N H"]:
@@ -228,13 +228,13 @@ class Modern(nnx.Module):
             seeds = jax.random.bits(jax.random.key(seed), (3 * c.n_layer + 1,), jnp.uint32)
             x = dropout(x, c.dropout, seeds[-1])
         docs = documents(c, tokens, cache)
+        run = traced_once(Block.__call__, remat=c.remat == "block", static=(4,))
         branch, keys, values = None, [], []
         for i, block in enumerate(self.h):
             layer_seeds = None if seeds is None else seeds[3 * i : 3 * i + 3]
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.length)
             table = c.table_of(i)
             embedded = None if table is None else tables[table]
-            run = nnx.remat(Block.__call__, static_argnums=(4,)) if c.remat == "block" else Block.__call__
             x, branch, new = run(block, x, branch, embedded, batch, layer_seeds, docs, layer_cache)
             if new is not None:
                 keys.append(new[0])
