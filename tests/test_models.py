@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from jaxgpt.models import (
     pure,
     role_of,
     roles,
+    traced_once,
 )
+from jaxgpt.ops.paths import watch
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.sharding import BATCH_AXES, data_shards, make_mesh
 from jaxgpt.step import abstract_state, create_state, make_train_step
@@ -113,6 +116,62 @@ def test_gpt2_counts_and_flops_are_nanogpts():
     assert count_params(config, params, all=True) - padding == 124_439_808  # OpenAI's 124M
     assert count_params(config, params) == count_params(config, params, all=True) - 1024 * 768
     assert config.flops_per_token(params) == 6 * count_params(config, params) + 12 * 12 * 768 * 1024
+
+
+# --- layers that are traced once ---
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("gpt2", 2), ("modern", 3)])
+def test_a_block_is_traced_once_a_program_not_once_a_layer(name, kinds, monkeypatch):
+    """The first has no branch before it, modern's at both ends have value embeddings: no more kinds than these. And
+    each program notes its paths: one that took another's trace would lose those of its blocks."""
+    block, calls = sys.modules[find_model(name).config.__module__].Block, []
+    whole = block.__call__
+    monkeypatch.setattr(block, "__call__", lambda *args, **options: calls.append(1) or whole(*args, **options))
+    for remat in ("none", "block"):
+        config = tiny(name, n_layer=6, remat=remat)
+        params, tokens = abstract_params(config), jax.ShapeDtypeStruct((2, 8), jnp.int32)
+
+        def loss(params, tokens, config=config):
+            return bind(config, params).loss(tokens, tokens)
+
+        for f in (loss, jax.grad(loss)):
+            calls.clear()
+            with watch() as paths:
+                jax.jit(f).lower(params, tokens)
+            assert len(calls) == kinds
+            assert paths == {"attention": {"plain"}, "loss": {"plain"}, "norm": {"plain"}, "products": {"float32"}}
+
+
+class Times(nnx.Module):
+    def __init__(self, by: int):
+        self.by = by
+
+    def __call__(self, x):
+        return x * self.by
+
+
+def test_layers_that_differ_have_their_own_traces():
+    calls = []
+
+    def layers(x):
+        run = traced_once(lambda layer, x: calls.append(1) or layer(x))
+        for by in (2, 3, 2, 3):
+            x = run(Times(by), x)
+        return x
+
+    assert jax.jit(layers)(1.0) == 36 == layers(1.0)
+    assert len(calls) == 2 + 4  # nothing is traced by the second
+
+
+@pytest.mark.parametrize("name", ["by", "new"])
+def test_what_a_layer_sets_and_loses_is_said(name):
+    def remember(layer, x):
+        setattr(layer, name, x)
+        return x
+
+    with pytest.raises(UserError, match="Times sets an attribute in its call, where it is lost; return it"):
+        jax.jit(lambda x: traced_once(remember)(Times(2), x))(1.0)
 
 
 # --- finding a model's file ---

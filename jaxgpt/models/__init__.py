@@ -39,6 +39,8 @@ The module's three methods, with B rows of T tokens and C features:
 - `logits(x (…, C))` gives float32 logits (…, vocab_size), the vocabulary's padding cut off.
 - `loss(tokens (B, T), targets (B, T), *, seed=None)` gives the mean cross-entropy in nats.
 
+Layers that are alike may go through `traced_once`, as gpt2.py's and modern.py's do: a start is then quicker.
+
 Everything else follows from the config's ROLES, one row for each kind of parameter: how a mesh splits it, which
 optimizer group it is in, whether it decays, in which dtype it computes, and whether it counts in FLOPs.
 """
@@ -58,6 +60,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxgpt import UserError, check_ordinary, local_path
@@ -314,6 +317,9 @@ def abstract_params(config: ModelConfig) -> Params:
 
 @functools.lru_cache(maxsize=8)  # a start asks for them some five times
 def _shapes(config: ModelConfig) -> Params:
+    if type(config).init is ModelConfig.init:  # what `bind` asks for has them
+        state = nnx.to_pure_dict(_structure(config)[1])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), state)
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
@@ -340,26 +346,33 @@ def _structure(config: ModelConfig):
     return nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param)
 
 
-def traced_once(f: Callable, *, remat: bool = False, static: tuple[int, ...] = ()) -> Callable:
-    """`f(module, x, ...)` for all layers of a model that JAX traces, differentiates and lowers for the first alone.
+def traced_once(f: Callable, *, remat: bool = False, policy: Any = None, **options: Any) -> Callable:
+    """`f(module, x, …, **options)` for every layer of a model, which JAX traces and lowers once for all that are alike.
 
-    Modules whose static attributes differ, or arguments of other shapes, get a trace of their own. What f does beside
-    its result is lost: it sets nothing in its module. Make it anew in each `hidden`, as each program notes which paths
-    its ops take (ops/paths.py).
+    Layers are alike if their modules and arguments differ in arrays' values alone; others have traces of their own.
+    Make it in each call of `hidden`: every program then has its own traces, and notes its paths (ops/paths.py). What f
+    computes it returns: raises UserError if it sets anything of its module.
 
-    remat: recompute f in the backward pass. static: the places of arguments that are no arrays.
+    remat: recompute f in the backward pass, but for what a policy keeps (jax.checkpoint_policies).
     """
 
-    def call(*args):  # a new function: JAX keeps traces by function
-        return f(*args)
+    def call(module, *args):
+        before = _attributes(module)
+        result = f(module, *args, **options)
+        if [*map(id, _attributes(module))] != [*map(id, before)]:
+            raise UserError(f"{type(module).__name__} sets an attribute in its call, where it is lost; return it")
+        return result
 
-    call = jax.checkpoint(call, static_argnums=static) if remat else call
-    jitted = jax.jit(call, static_argnums=static)
-    # where nothing is traced each call of a new jitted function would compile it again
-    return lambda module, x, *args: (jitted if isinstance(x, jax.core.Tracer) else call)(module, x, *args)
+    jitted = jax.jit(jax.checkpoint(call, policy=policy) if remat else call)
+    # where nothing is traced, a jitted function would be compiled at each call of `hidden`
+    return lambda module, x, *args: (jitted if isinstance(x, Tracer) else call)(module, x, *args)
 
 
-# One function for each standard deviation: layers are alike only if theirs is the same
+def _attributes(module: nnx.Module) -> list[Any]:
+    return [value for _, part in nnx.iter_modules(module) for value in vars(part).values()]
+
+
+# the same function for the same standard deviation: a module holds it, and layers with others would not be alike
 normal = functools.cache(nnx.initializers.normal)
 
 

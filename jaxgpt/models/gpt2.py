@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
-from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, normal, pure, traced_once
+from jaxgpt.models import KVCache, ModelConfig, Params, Role, count_params, documents, normal, traced_once
 from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.cross_entropy import linear_cross_entropy
 from jaxgpt.ops.dropout import dropout
@@ -47,15 +47,6 @@ class GPTConfig(ModelConfig):
     def build(self, rngs: nnx.Rngs) -> "GPT":
         return GPT(self, rngs=rngs)
 
-    def init(self, rng: Array) -> Params:
-        """The parameters of `GPT(config, rngs=nnx.Rngs(rng))`, with fewer programs to compile."""
-        # All layers at once, and the barrier keeps it so: a few kernels of random numbers, not some a layer
-        layers = jax.random.split(rng, 1 + self.n_layer)[1:]
-        blocks = jax.vmap(lambda rng: pure(Block(self, rngs=nnx.Rngs(rng))))(layers)
-        blocks = jax.lax.optimization_barrier(blocks)
-        params = pure(GPT(dataclasses.replace(self, n_layer=1), rngs=nnx.Rngs(rng)))
-        return params | {"h": {i: jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(self.n_layer)}}
-
     def flops_per_token(self, params: Params) -> float:
         """6N + 12·L·C·T (PaLM, arXiv 2204.02311, appendix B; nanoGPT's), N without position embeddings."""
         return 6.0 * count_params(self, params) + self.attention_flops_per_token()
@@ -71,8 +62,8 @@ def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def _linear(
     config: GPTConfig, n_in: int, n_out: int | tuple[int, ...], std: float, rngs: nnx.Rngs
 ) -> nnx.LinearGeneral:
-    options = {"use_bias": config.bias, "dtype": config.dtype, "kernel_init": normal(std)}
-    return nnx.LinearGeneral(n_in, n_out, **options, rngs=rngs)
+    init = normal(std)
+    return nnx.LinearGeneral(n_in, n_out, use_bias=config.bias, dtype=config.dtype, kernel_init=init, rngs=rngs)
 
 
 def _norm(layer: nnx.LayerNorm) -> Norm:
@@ -133,7 +124,7 @@ class Block(nnx.Module):
         self.ln_2 = _layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, branch, batch: int, seeds=None, docs=None, cache=None):
+    def __call__(self, x, branch, seeds=None, docs=None, cache=None, *, batch: int):
         """x, branch: (B·T, C); seeds: 3 dropout seeds or None. Returns the same pair after the block, and the cache."""
         c = self.config
         fast = Fast(c.kernels, fp8=c.matmul_dtype == "fp8", decode=cache is not None and len(x) == batch)
@@ -148,15 +139,18 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        normal = nnx.initializers.normal(0.02)
 
         def padded(rng, shape, dtype):  # the vocabulary's padding is zero, and stays so
-            return jnp.where(jnp.arange(shape[0])[:, None] < config.vocab_size, normal(rng, shape, dtype), 0)
+            return jnp.where(jnp.arange(shape[0])[:, None] < config.vocab_size, normal(0.02)(rng, shape, dtype), 0)
 
-        outer, *layers = map(nnx.Rngs, jax.random.split(rngs.params.key[...], 1 + config.n_layer))
+        keys = jax.random.split(rngs.params.key[...], 1 + config.n_layer)
+        outer = nnx.Rngs(keys[0])
         self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, embedding_init=padded, rngs=outer)
-        self.wpe = nnx.Embed(config.block_size, config.n_embd, embedding_init=normal, rngs=outer)
-        self.h = nnx.List([Block(config, rngs=layer) for layer in layers])
+        self.wpe = nnx.Embed(config.block_size, config.n_embd, embedding_init=normal(0.02), rngs=outer)
+        # All blocks at once, and the barrier keeps it so: a few kernels of random numbers, not some a layer
+        blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys[1:])
+        blocks = jax.lax.optimization_barrier(blocks)
+        self.h = nnx.List([jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(config.n_layer)])
         self.ln_f = _layer_norm(config, outer)
 
     def hidden(
@@ -181,13 +175,13 @@ class GPT(nnx.Module):
             seeds = jax.random.bits(jax.random.key(seed), (3 * c.n_layer + 1,), jnp.uint32)
             x = dropout(x, c.dropout, seeds[-1])
         docs = documents(c, tokens, cache)
-        run = traced_once(Block.__call__, remat=c.remat == "block", static=(3,))
+        run = traced_once(Block.__call__, remat=c.remat == "block", batch=batch)
         branch = None
         layers_k, layers_v = [], []
         for i, block in enumerate(self.h):
             layer_seeds = None if seeds is None else seeds[3 * i : 3 * i + 3]
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.length)
-            x, branch, new = run(block, x, branch, batch, layer_seeds, docs, layer_cache)
+            x, branch, new = run(block, x, branch, layer_seeds, docs, layer_cache)
             if new is not None:
                 layers_k.append(new[0])
                 layers_v.append(new[1])

@@ -177,7 +177,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, has_values=has_values, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, branch, embedded, batch: int, seeds=None, docs=None, cache=None):
+    def __call__(self, x, branch, embedded, seeds=None, docs=None, cache=None, *, batch: int):
         """x, branch, embedded: (B·T, C); seeds: 3 dropout seeds or None. Returns x, branch after it, and the cache."""
         c = self.config
         fast = Fast(c.kernels, fp8=c.matmul_dtype == "fp8", decode=cache is not None and len(x) == batch)
@@ -198,7 +198,7 @@ class Modern(nnx.Module):
         self.lm_head = None if c.tied else self._table(0.0, rngs)
 
     def _table(self, std: float, rngs: nnx.Rngs) -> nnx.Embed:
-        c, init = self.config, nnx.initializers.normal(std)
+        c, init = self.config, normal(std)
         return nnx.Embed(c.padded_vocab_size, c.n_embd, embedding_init=init, rngs=rngs)
 
     @property
@@ -228,14 +228,14 @@ class Modern(nnx.Module):
             seeds = jax.random.bits(jax.random.key(seed), (3 * c.n_layer + 1,), jnp.uint32)
             x = dropout(x, c.dropout, seeds[-1])
         docs = documents(c, tokens, cache)
-        run = traced_once(Block.__call__, remat=c.remat == "block", static=(4,))
+        run = traced_once(Block.__call__, remat=c.remat == "block", batch=batch)
         branch, keys, values = None, [], []
         for i, block in enumerate(self.h):
             layer_seeds = None if seeds is None else seeds[3 * i : 3 * i + 3]
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.length)
             table = c.table_of(i)
             embedded = None if table is None else tables[table]
-            x, branch, new = run(block, x, branch, embedded, batch, layer_seeds, docs, layer_cache)
+            x, branch, new = run(block, x, branch, embedded, layer_seeds, docs, layer_cache)
             if new is not None:
                 keys.append(new[0])
                 values.append(new[1])
