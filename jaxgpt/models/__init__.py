@@ -356,16 +356,16 @@ def traced_once(f: Callable, *, remat: bool = False, policy: Any = None, **optio
     remat: recompute f in the backward pass, but for what a policy keeps (jax.checkpoint_policies).
     """
 
-    def call(module, *args):
+    def layer(module, *args):
         before = _attributes(module)
         result = f(module, *args, **options)
         if [*map(id, _attributes(module))] != [*map(id, before)]:
             raise UserError(f"{type(module).__name__} sets an attribute in its call, where it is lost; return it")
         return result
 
-    jitted = jax.jit(jax.checkpoint(call, policy=policy) if remat else call)
+    jitted = jax.jit(jax.checkpoint(layer, policy=policy) if remat else layer)
     # where nothing is traced, a jitted function would be compiled at each call of `hidden`
-    return lambda module, x, *args: (jitted if isinstance(x, Tracer) else call)(module, x, *args)
+    return lambda module, x, *args: (jitted if isinstance(x, Tracer) else layer)(module, x, *args)
 
 
 def _attributes(module: nnx.Module) -> list[Any]:
