@@ -6,11 +6,14 @@ others' once an optimizer step and gets its own part of the summed gradients; of
 send each other those rows. Over `tensor` the compiler splits each layer, following how its parameters lie.
 """
 
+import contextlib
 import ctypes
+import importlib
 import math
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,6 +86,23 @@ def configure_jax() -> None:
             os.environ.update(GPU_MEMORY)
     else:
         keep_freed_memory()
+
+
+def begin_devices() -> None:
+    """Has JAX look for GPUs in a thread, and imports meanwhile what kernels need: each takes some 0.3 s of a start.
+
+    For a program that asks for devices next: what is wrong with them is said then.
+    """
+    if not has_nvidia_gpu():
+        return
+
+    def look() -> None:
+        with contextlib.suppress(Exception):
+            jax.devices()
+
+    threading.Thread(target=look, daemon=True).start()
+    with contextlib.suppress(ImportError):  # Pallas' Triton backend, too, is lowered with it
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def is_fraction(text: str) -> bool:

@@ -38,7 +38,7 @@ from jaxgpt.run.processes import Processes, agree, numerics
 from jaxgpt.scoring.evaluation import Evaluation
 from jaxgpt.scoring.samples import Samples
 from jaxgpt.scoring.tasks import parse_tasks
-from jaxgpt.sharding import configure_jax, configured_mesh
+from jaxgpt.sharding import begin_devices, configure_jax, configured_mesh
 from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
 from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import check_same_language, corpus_meta
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
         config.out_dir = str(store.folder(config.out_dir))
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
+        begin_devices()
         source = hashlib.sha256(find_model(config.model).source.encode()).hexdigest()[:16]
         own = {"data_dir": "each host's own", "data_cache": "", "model_source": source}
         agree("config", {**numerics(), **config, **own})
@@ -162,12 +163,13 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
                 checkpoints.check_room(abstract)
             state, info, step = checkpoints.restore(abstract, optional=OPTIONAL) if resume else (abstract, {}, 0)
             progress = Progress(**{key: info[key] for key in Progress._fields if key in info})
-            making = None if resume else begin_state(parts, mesh, weights and weights.params)
             flops = data.tokens_per_step * parts.model.flops_per_token(abstract.params)
             k = choose_steps_per_call(config, step, flops)
             data.begin(step, progress.samples)
             with paths.watch() as taken:
                 lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k))
+            # beside the compilation: beside the tracing it would wait for the same interpreter
+            making = None if resume else begin_state(parts, mesh, weights and weights.params)
             train_step = compile_step(lowered, parts, mesh, abstract)
             state = making.result() if making else complete_state(state, abstract)
             checkpoints.check_replicas(state, step)
