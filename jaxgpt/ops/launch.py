@@ -69,6 +69,8 @@ def launch(
             interpret=interpret,
         )(*args)
 
+    if jax.default_backend() == "gpu":  # or each kernel would be traced twice
+        return call(*args, interpret=False)
     interpreted = functools.partial(call, interpret=True)
     return jax.lax.platform_dependent(*args, cpu=interpreted, default=functools.partial(call, interpret=False))
 
