@@ -45,7 +45,7 @@ def _on_hopper() -> bool:
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=["activation"], data_fields=["before", "value"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Activated:
     """An activation's result, with its input: the product that takes it sends its gradient through both at once.
 
@@ -73,7 +73,7 @@ def _operator(name: str) -> Callable[..., Any]:
 for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv"):
     for _side in ("", "r"):
         setattr(Activated, f"__{_side}{_name}__", _operator(f"__{_side}{_name}__"))
-for _name in ("neg", "abs", "lt", "le", "gt", "ge"):
+for _name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "len", "iter"):
     setattr(Activated, f"__{_name}__", _operator(f"__{_name}__"))
 
 
