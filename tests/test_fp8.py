@@ -28,7 +28,7 @@ C, F = 128, 512
 
 def fp8_mlp(x, w_fc, b_fc, w_proj, *, activation="gelu", kernels):
     fast = Fast(kernels, fp8=True)
-    return linear(linear(x, w_fc, b_fc, activation=activation, fast=fast), w_proj, fast=fast)
+    return linear(linear(x, w_fc, b_fc, activation=activation, to_linear=True, fast=fast), w_proj, fast=fast)
 
 
 MLP = {kernels: functools.partial(fp8_mlp, kernels=kernels) for kernels in (False, True)}
@@ -127,7 +127,7 @@ def test_large_and_odd_shapes_take_the_twin():
 def test_it_lowers_for_cuda(dtype):
     def f(x, w_fc, w_proj, table, targets):
         fast = Fast(kernels=True, fp8=True)
-        x, y = add_norm_linear(x, x, Norm("layer", table[0]), w_fc, activation="gelu", fast=fast)
+        x, y = add_norm_linear(x, x, Norm("layer", table[0]), w_fc, activation="gelu", to_linear=True, fast=fast)
         y = x + linear(y, w_proj, fast=fast)
         return linear_cross_entropy(y, table, targets, vocab_size=1200, kernels=True, in_fp8=True)
 

@@ -193,7 +193,7 @@ def test_fp8_block(activation):
     w, w2 = normal(2, 256, 512, dtype=F32, std=0.05), normal(3, 512, 256, dtype=F32, std=0.05)
 
     def f(x, branch, w, w2, fast):
-        x, y = add_norm_linear(x, branch, Norm("rms"), w, activation=activation, fast=fast)
+        x, y = add_norm_linear(x, branch, Norm("rms"), w, activation=activation, to_linear=True, fast=fast)
         return x, linear(y, w2, fast=fast)
 
     got = with_gradients(functools.partial(f, fast=Fast(True, fp8=True)), x, branch, w, w2)
@@ -209,7 +209,7 @@ def test_no_product_of_fp8_is_made_in_bfloat16():
     def loss(x, w, w2, w3):
         x = x.astype(jnp.bfloat16)
         x, (q, k, v) = add_norm_linear(x, None, Norm("rms"), w, fast=fast)
-        x, y = add_norm_linear(x, q * k + v, Norm("rms"), w2, activation="gelu", fast=fast)
+        x, y = add_norm_linear(x, q * k + v, Norm("rms"), w2, activation="gelu", to_linear=True, fast=fast)
         return jnp.sum(linear(y, w3, fast=fast).astype(jnp.float32) ** 2)
 
     # of products as small as these the compiler would give some to Triton, which are of FP8 as well

@@ -107,7 +107,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x, branch, norm: Norm, fast: Fast):
         """The residual stream and this branch, (B·T, C) both: see `linear`'s residual."""
-        x, y = add_norm_linear(x, branch, norm, *_weights(self.c_fc), activation="gelu", fast=fast)
+        x, y = add_norm_linear(x, branch, norm, *_weights(self.c_fc), activation="gelu", to_linear=True, fast=fast)
         return linear(y, *_weights(self.c_proj), residual=x, fast=fast)
 
 

@@ -164,8 +164,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x, branch, fast: Fast):
         """The residual stream and this branch, (B·T, C) both: see `linear`'s residual."""
-        activation = self.config.activation
-        x, y = add_norm_linear(x, branch, RMS, self.c_fc.kernel[...], activation=activation, fast=fast)
+        options = {"activation": self.config.activation, "to_linear": True}
+        x, y = add_norm_linear(x, branch, RMS, self.c_fc.kernel[...], **options, fast=fast)
         return linear(y, self.c_proj.kernel[...], residual=x, fast=fast)
 
 

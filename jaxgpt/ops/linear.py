@@ -36,6 +36,7 @@ def linear(
     b: Float[Array, "*G N"] | None = None,
     *,
     activation: str | None = None,
+    to_linear: bool = False,
     residual: Float[Array, "M N"] | None = None,
     columns: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
@@ -43,9 +44,9 @@ def linear(
 ) -> Any:
     """activation(x @ w + b), (M, N) in `dtype`, by default x's; a w of (K, G, N) gives a tuple of G such matrices.
 
-    activation: a key of activation.ACTIVATIONS. In FP8 its result is Quantized: for `linear` alone to read. Where a
-    kernel computes it, it is Activated, which is an array to all else. columns: the first so many columns of the result
-    alone, for a w of (K, N).
+    activation: a key of activation.ACTIVATIONS. to_linear: its result goes to `linear` alone, which may get it as
+    Quantized or Activated then, and be quicker. columns: the first so many columns of the result alone, for a w of
+    (K, N).
 
     residual: the residual stream, to which this is a branch. The result then is the pair (stream, branch) that
     `add_norm_linear` takes next: with the branch unadded, or, decoding, with it in the stream and None in its place.
@@ -61,16 +62,26 @@ def linear(
             return _decoded(x, None, w, b, activation, dtype, columns, residual), None
         if not isinstance(x, fp8.Quantized) and columns is None and splits(x.shape[0], w.shape[0]):
             return residual, _rows_split(x, w, b, activation, dtype, fast)
-        return residual, linear(x, w, b, activation=activation, columns=columns, dtype=dtype, fast=fast)
+        options = {"activation": activation, "to_linear": to_linear, "columns": columns, "dtype": dtype}
+        return residual, linear(x, w, b, **options, fast=fast)
     if isinstance(x, fp8.Quantized) or _in_fp8(x, w, fast):
         assert columns is None and dtype is None
         note("products", "fp8")
-        return fp8.linear(x, w, b, activation=activation, kernels=fast.kernels)
+        y = fp8.linear(x, w, b, activation=activation, kernels=fast.kernels)
+        if to_linear or activation is None:
+            return y
+        return y.value if isinstance(y, fp8.Quantized) else tuple(part.value for part in y)
     if _decodes(x, fast):
         return _decoded(x, None, w, b, activation, dtype, columns)
     note("products", x.dtype.name)
     w = w.astype(x.dtype)
-    if activation and plain and fast.kernels and matmul.supports(x.shape[0], x.shape[1], w.shape[1], x.dtype):
+    if (
+        activation
+        and to_linear
+        and plain
+        and fast.kernels
+        and matmul.supports(x.shape[0], x.shape[1], w.shape[1], x.dtype)
+    ):
         return matmul.activated_product(x, w, None if b is None else b.astype(x.dtype), activation)
     if w.ndim == 2:
         return _finish(jnp.matmul(x, w, preferred_element_type=dtype), b, activation, fast)[:, :columns]
@@ -87,6 +98,7 @@ def add_norm_linear(
     b: Float[Array, "*G N"] | None = None,
     *,
     activation: str | None = None,
+    to_linear: bool = False,
     fast: Fast = PLAIN,
 ) -> tuple[Float[Array, "M K"], Any]:
     """x + branch, and `linear` of its normalization: what begins every branch of a pre-norm transformer.
@@ -102,7 +114,7 @@ def add_norm_linear(
         x, y = fp8.add_norm(x, branch, norm, kernels=fast.kernels)
     else:
         x, y = add_norm(x, branch, norm, kernels=fast.kernels)
-    return x, linear(y, w, b, activation=activation, fast=fast)
+    return x, linear(y, w, b, activation=activation, to_linear=to_linear, fast=fast)
 
 
 # Over `tensor` a branch is split as Megatron-LM splits it, with sequence parallelism (arXiv 2205.05198): each device

@@ -6,11 +6,9 @@ multiplies while the other works on its tile's elements (ping-pong; CUTLASS has 
 fetches what both need.
 """
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,37 +42,19 @@ def _on_hopper() -> bool:
     return hopper and importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is not None
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=["activation"], data_fields=["before", "value"])
-@dataclasses.dataclass(frozen=True, eq=False)
 class Activated:
     """An activation's result, with its input: the product that takes it sends its gradient through both at once.
 
-    For `product`; to all else it is the array that it would be without a kernel.
+    No pytree, so that JAX refuses it wherever an array is meant.
     """
 
-    before: Float[Array, "M N"]
-    value: Float[Array, "M N"]  # without a gradient
-    activation: str
+    def __init__(self, before: Float[Array, "M N"], value: Float[Array, "M N"], activation: str):
+        """activation: a key of ACTIVATIONS."""
+        self.before, self.value, self.activation = before, jax.lax.stop_gradient(value), activation
 
     def array(self) -> Float[Array, "M N"]:
         """The value, with its gradient."""
         return _attach(self.before, self.value, self.activation)
-
-    __jax_array__ = array
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.array(), name)
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    return lambda self, *others: getattr(self.array(), name)(*others)
-
-
-for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv"):
-    for _side in ("", "r"):
-        setattr(Activated, f"__{_side}{_name}__", _operator(f"__{_side}{_name}__"))
-for _name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "len", "iter"):
-    setattr(Activated, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def activated_product(
@@ -87,7 +67,7 @@ def activated_product(
     else:  # cuBLAS takes less time: 0.53 ms for GELU in 124M's MLP, where the kernel takes 0.61
         before = x @ w if b is None else x @ w + b
         value = activate(before, activation, kernels=True)
-    return Activated(before, jax.lax.stop_gradient(value), activation)
+    return Activated(before, value, activation)
 
 
 def product(x: Activated, w: Float[Array, "N K"]) -> Float[Array, "M K"]:
