@@ -275,7 +275,8 @@ def test_checkpoints_are_kept_as_on_a_disk(proxy, out):
         assert found == step and same(restored, state(step)), which
     one_device = {"params": {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in state()["params"].items()}}
     assert same(Checkpoints(out).restore(one_device)[0], state(3))
-    assert len(out.objects()) == 2 * 3  # a record, an index and the data
+    left = [name.split("/")[1] for name in out.objects()]
+    assert {*left} == {"1", "3"} and min(left.count(step) for step in left) >= 3  # a record, an index and the data
 
 
 def test_what_is_not_sound_is_passed_over(proxy, out, caplog):
