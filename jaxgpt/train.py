@@ -293,7 +293,7 @@ def decide_resume(
         check_empty(run)
         return False, config, []
     if how == "scratch" and not config.eval_only:
-        raise UserError(f"{run} already holds a run; go on with init_from=resume, or choose another out_dir")
+        raise UserError(f"{run} already holds a run; go on with --config.init_from=auto, or choose another out_dir")
     saved = read_config(run, model=(given or {}).get("model", config.model), model_changed=config.model_changed)
     if how not in ("scratch", "resume", "auto"):
         if config.eval_only:

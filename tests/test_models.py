@@ -170,8 +170,12 @@ def test_what_a_layer_sets_and_loses_is_said(name):
         setattr(layer, name, x)
         return x
 
-    with pytest.raises(UserError, match="Times sets an attribute in its call, where it is lost; return it"):
+    with pytest.raises(UserError, match=f"Times sets {name} in its call, where it is lost; return it"):
         jax.jit(lambda x: traced_once(remember)(Times(2), x))(1.0)
+    times = Times(2)
+    times.seen = []
+    with pytest.raises(UserError, match="Times sets seen in its call"):
+        jax.jit(lambda x: traced_once(lambda layer, x: layer.seen.append(x) or x)(times, x))(1.0)
 
 
 # --- finding a model's file ---

@@ -448,7 +448,7 @@ MISTAKES = {
     "out_dir is a file": (lambda m: m.run(out_dir=m.tokens / "val.bin"), "cannot be written"),
     "out_dir of the corpus": (lambda m: m.run(out_dir=m.tokens), "is the corpus's own folder; choose another out_dir"),
     "unwritable out_dir": (lambda m: m.run(out_dir="/proc/jaxgpt"), "out_dir /proc/jaxgpt cannot be written"),
-    "existing run": (lambda m: m.existing(), "already holds a run; go on with init_from=resume"),
+    "existing run": (lambda m: m.existing(), "already holds a run; go on with --config.init_from=auto"),
     "nothing to resume": (lambda m: m.run(init_from="resume"), "nothing to resume"),
     "another model": (lambda m: m.existing(init_from="resume", n_embd=32), "n_embd=32, but the run in"),
     "another vocabulary": (

@@ -359,8 +359,9 @@ def traced_once(f: Callable, *, remat: bool = False, policy: Any = None, **optio
     def layer(module, *args):
         before = _attributes(module)
         result = f(module, *args, **options)
-        if [*map(id, _attributes(module))] != [*map(id, before)]:
-            raise UserError(f"{type(module).__name__} sets an attribute in its call, where it is lost; return it")
+        for at, (value, size) in _attributes(module).items():
+            if at not in before or before[at][0] is not value or before[at][1] != size:
+                raise UserError(f"{at[1]} sets {at[2]} in its call, where it is lost; return it")
         return result
 
     jitted = jax.jit(jax.checkpoint(layer, policy=policy) if remat else layer)
@@ -368,8 +369,15 @@ def traced_once(f: Callable, *, remat: bool = False, policy: Any = None, **optio
     return lambda module, x, *args: (jitted if isinstance(x, Tracer) else layer)(module, x, *args)
 
 
-def _attributes(module: nnx.Module) -> list[Any]:
-    return [value for _, part in nnx.iter_modules(module) for value in vars(part).values()]
+def _attributes(module: nnx.Module) -> dict[tuple[Any, str, str], tuple[Any, int]]:
+    """The attributes of a module and its parts, by path, class and name, and what each holds as a list or a dict."""
+    parts = [(path, type(part).__name__, vars(part)) for path, part in nnx.iter_modules(module)]
+    return {
+        (path, of, name): (value, len(value) if isinstance(value, list | dict | set) else 0)
+        for path, of, values in parts
+        for name, value in values.items()
+        if not name.startswith("_pytree__")  # Flax's own
+    }
 
 
 # the same function for the same standard deviation: a module holds it, and layers with others would not be alike

@@ -173,7 +173,7 @@ def report(
     lines = [
         f"{count_params(model, state.params):,} parameters, {total:,} tokens per step: "
         f"{micro_steps} micro-step{'s' * (micro_steps != 1)} of {rows} sequences of {model.block_size:,}",
-        f"mesh {shape} on {mesh.size} × {'described ' if described else ''}{device.device_kind}, {model.dtype}, "
+        f"mesh {shape} on {mesh.size} × {'described ' if described else ''}{kind.device_kind}, {model.dtype}, "
         f"attention by {model.attention}",
         f"memory per device: {need.total / 2**30:.2f} GiB{room}: state {need.state / 2**30:.2f}, step "
         f"{need.temporaries / 2**30:.2f} ({origin})",
