@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -82,8 +81,6 @@ def configure_jax() -> None:
     for key, value in (("jax_compilation_cache_dir", str(cache)), ("jax_persistent_cache_min_compile_time_secs", 0)):
         if key.upper() not in os.environ:
             jax.config.update(key, value)
-    # where another process is just writing that program, or was killed as it did: it is compiled again
-    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     if has_nvidia_gpu():
         if not GPU_MEMORY_OF_USER & set(os.environ):  # else the user has decided
             os.environ.update(GPU_MEMORY)
