@@ -91,16 +91,18 @@ def configure_jax() -> None:
 def begin_devices() -> None:
     """Has JAX look for GPUs in a thread, and imports meanwhile what kernels need: each takes some 0.3 s of a start.
 
-    For a program that asks for devices next: what is wrong with them is said then.
+    For a program that asks for devices next: what is wrong with them is said then. The thread goes on beside the
+    tracing with a product of two matrices, for the first one waits for cuBLAS to be loaded.
     """
     if not has_nvidia_gpu():
         return
 
-    def look() -> None:
+    def begin() -> None:
         with contextlib.suppress(Exception):
-            jax.devices()
+            x = jnp.zeros((64, 64), jnp.bfloat16)
+            jax.block_until_ready(x @ x)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=begin, daemon=True).start()
     with contextlib.suppress(ImportError):  # Pallas' Triton backend, too, is lowered with it
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 

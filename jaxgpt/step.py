@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -125,6 +125,7 @@ def init_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainS
     )
 
 
+@lru_cache(maxsize=8)  # a start asks for it three times
 def abstract_state(parts: Parts, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state, nothing computed."""
     shapes = jax.eval_shape(partial(init_state, parts, mesh), abstract_params(parts.model))
