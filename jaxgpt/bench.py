@@ -18,7 +18,7 @@ from jaxgpt.config import DataConfig, parse_config, resolve
 from jaxgpt.data import RunData, prefetch
 from jaxgpt.decoding import Generator
 from jaxgpt.keys import take
-from jaxgpt.metrics import Stopwatch, environment, peak_memory_gib
+from jaxgpt.metrics import Stopwatch, environment, peak_memory_gib, when_done
 from jaxgpt.models import count_params, init_params
 from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import begin_devices, configure_jax, configured_mesh
@@ -125,17 +125,14 @@ def time_steps(train_step: Callable, state: Any, batches: Iterable[Any]) -> tupl
 
     A run fills its queue but once. As in a run, a step is dispatched before the last one's metrics are read.
     """
-    ends, losses = [], []
+    ends = []
     for tokens in batches:
         state, metrics = train_step(state, tokens)
-        losses.append(metrics["loss"])
-        if len(losses) > 1:
-            # all of it: an index taken on the device would wait there for the step that was just dispatched
-            jax.device_get(losses[-2])
-            ends.append(time.perf_counter())
-    loss = float(jax.device_get(losses[-1])[-1])
-    ends.append(time.perf_counter())
-    return state, loss, 1e3 * (ends[-1] - ends[0]) / (len(ends) - 1)
+        ends.append(when_done(metrics["loss"]))
+        if len(ends) > 1:
+            ends[-2].result()
+    seconds = ends[-1].result() - ends[0].result()
+    return state, float(jax.device_get(metrics["loss"])[-1]), 1e3 * seconds / (len(ends) - 1)
 
 
 def bench_sample(config: ConfigDict, num_samples: int, max_new_tokens: int) -> dict[str, Any]:

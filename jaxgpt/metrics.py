@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -143,8 +144,25 @@ def environment() -> dict[str, Any]:
     return found | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
+_waiter = ThreadPoolExecutor(1, "when_done")
+
+
+def when_done(arrays: Any) -> Future[float]:
+    """When these arrays are computed, in perf_counter's seconds, by a thread that waits for them.
+
+    The host's time between two calls says something else: a call keeps its caller where the device's queue is full, and
+    comes back when a step of many kernels, as of many micro-steps, is nearly done.
+    """
+
+    def wait() -> float:
+        jax.block_until_ready(arrays)
+        return time.perf_counter()
+
+    return _waiter.submit(wait)
+
+
 class Stopwatch:
-    """Times steps: each call of `lap` gives the speed since the one before."""
+    """Times steps: each call of `lap` gives the speed since the one before. Seconds are perf_counter's."""
 
     def __init__(self, flops_per_step: float, tokens_per_step: int):
         self._flops, self._tokens = flops_per_step, tokens_per_step
@@ -152,13 +170,15 @@ class Stopwatch:
         self._peak = peak and peak * jax.device_count()
         self._last: tuple[int, float] | None = None
 
-    def lap(self, step: int) -> dict[str, float]:
-        """step_ms, tokens_per_s and (if the peak is known) mfu of the steps since the last lap; empty on the first."""
-        now, last = time.perf_counter(), self._last
-        self._last = (step, now)
+    def lap(self, step: int, done: float) -> dict[str, float]:
+        """step_ms, tokens_per_s and (if the peak is known) mfu of the steps since the last lap; empty on the first.
+
+        done: when the step was (when_done).
+        """
+        last, self._last = self._last, (step, done)
         if last is None or step <= last[0]:
             return {}
-        return self.speed((now - last[1]) / (step - last[0]))
+        return self.speed((done - last[1]) / (step - last[0]))
 
     def speed(self, seconds: float) -> dict[str, float]:
         """The same of steps that take so long."""

@@ -5,6 +5,7 @@ import math
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.data import RunData, check_same_corpora, prefetch
 from jaxgpt.keys import take
-from jaxgpt.metrics import Reporter, Stopwatch, environment, peak_flops
+from jaxgpt.metrics import Reporter, Stopwatch, environment, peak_flops, when_done
 from jaxgpt.models import count_params, find_model
 from jaxgpt.ops import paths
 from jaxgpt.optim import OptimizerConfig, check_schedule
@@ -386,12 +387,12 @@ class StepLog:
 
     def __init__(self, config: ConfigDict, reporter: Reporter, stopwatch: Stopwatch):
         self._config, self._reporter, self._stopwatch = config, reporter, stopwatch
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], Future[float]] | None = None
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the call that ended at `step`, and reports the one before."""
         self._report()
-        self._pending = step, metrics
+        self._pending = step, metrics, when_done(metrics)
 
     def flush(self) -> None:
         """Reports what is left, and stops the clock: what follows is no training."""
@@ -402,8 +403,8 @@ class StepLog:
     def _report(self) -> None:
         if self._pending is None:
             return
-        last, values = jax.device_get(self._pending)
-        speed = self._stopwatch.lap(last)
+        last, metrics, done = self._pending
+        speed, values = self._stopwatch.lap(last, done.result()), jax.device_get(metrics)
         for i, step in enumerate(range(last - len(values["loss"]) + 1, last + 1)):
             row = {key: float(x[i]) for key, x in values.items()}
             finite = bool(row.pop("finite"))

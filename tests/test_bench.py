@@ -5,9 +5,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import numpy as np
 import pytest
 
 from jaxgpt import UserError, bench, metrics
@@ -61,39 +61,39 @@ def test_beside_nanogpt_a_job_that_fails_is_said_and_the_others_go_on(tmp_path):
 
 
 class Device:
-    """A device with a clock of its own that takes 10 ms a step, one after the other. It runs nothing."""
+    """A device with a clock of its own that takes 10 ms a step, one after the other. It runs nothing.
 
-    def __init__(self):
-        self.now = self.busy_until = 0.0
+    queue: how far behind the host it may be, in seconds: a call that would leave it more to do waits.
+    """
+
+    def __init__(self, queue: float):
+        self.now, self.busy_until, self.queue = 0.0, 0.0, queue
 
     def step(self, state, tokens):
         self.now += 1e-3  # the host's part
         self.busy_until = max(self.now, self.busy_until) + 10e-3
+        self.now = max(self.now, self.busy_until - self.queue)
         return state + 1, {"loss": Loss(self, self.busy_until, [0.0, state])}
 
 
-class Loss:
-    """An array on it, there for the host from `ready` on."""
+class Loss(NamedTuple):
+    """An array on it, computed at `done`."""
 
-    def __init__(self, device, ready, values):
-        self.device, self.ready, self.values = device, ready, np.array(values)
+    device: Device
+    done: float
+    values: list[float]
 
-    def __array__(self, *_, **__):
-        self.device.now = max(self.device.now, self.ready)
-        return self.values
-
-    def __float__(self):
-        return float(np.array(self))
-
-    def __getitem__(self, index):
-        """Computed on the device, after all that it has to do already."""
-        return Loss(self.device, self.device.busy_until, self.values[index])
+    def result(self) -> float:
+        self.device.now = max(self.device.now, self.done)
+        return self.done
 
 
+@pytest.mark.parametrize("queue", [1.0, 2e-3])
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_the_time_of_a_step_is_the_same_however_many_are_measured(steps, monkeypatch):
-    device = Device()
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: device.now)
+def test_the_time_of_a_step_is_the_same_however_many_are_measured(steps, queue, monkeypatch):
+    device = Device(queue)
+    monkeypatch.setattr(bench, "when_done", lambda loss: loss)
+    monkeypatch.setattr(bench.jax, "device_get", lambda loss: loss.values)
     state, loss, ms = bench.time_steps(device.step, 5, [None] * (steps + 1))
     assert (state, loss, ms) == (steps + 6, steps + 5, pytest.approx(10.0))
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import types
 import warnings
@@ -16,7 +17,7 @@ import jax
 import pytest
 
 from jaxgpt import UserError, console, metrics
-from jaxgpt.metrics import Reporter, Stopwatch, peak_flops, peak_memory_gib
+from jaxgpt.metrics import Reporter, Stopwatch, peak_flops, peak_memory_gib, when_done
 from jaxgpt.run.guard import trim_jsonl
 from jaxgpt.trackers import TensorBoard, check_trackers
 
@@ -54,20 +55,34 @@ def test_no_peak_is_made_up():
 
 def test_the_stopwatch(monkeypatch):
     """Speed between laps: per step, leaving out pauses. MFU is of the peak of all eight devices, where it is known."""
-    clock = iter([10.0, 11.0, 13.0, 14.0, 14.5])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     plain = Stopwatch(flops_per_step=2e12, tokens_per_step=500)
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
     watch = Stopwatch(flops_per_step=2e12, tokens_per_step=500)
-    assert watch.lap(100) == {}
-    assert watch.lap(110) == pytest.approx({"step_ms": 100.0, "tokens_per_s": 5000.0, "mfu": 2e12 / 0.1 / 8e12})
+    assert watch.lap(100, 10.0) == {}
+    assert watch.lap(110, 11.0) == pytest.approx({"step_ms": 100.0, "tokens_per_s": 5000.0, "mfu": 2e12 / 0.1 / 8e12})
     watch.pause()
-    assert watch.lap(120) == {}
-    assert watch.lap(121)["step_ms"] == pytest.approx(1000.0)
-    assert watch.lap(121) == {}  # no step, no speed
-    clock = iter([0.0, 1.0])
-    plain.lap(0)
-    assert set(plain.lap(1)) == {"step_ms", "tokens_per_s"}
+    assert watch.lap(120, 13.0) == {}
+    assert watch.lap(121, 14.0)["step_ms"] == pytest.approx(1000.0)
+    assert watch.lap(121, 14.5) == {}  # no step, no speed
+    plain.lap(0, 0.0)
+    assert set(plain.lap(1, 1.0)) == {"step_ms", "tokens_per_s"}
+
+
+def test_arrays_are_done_when_they_are_not_when_that_is_asked():
+    class Late:
+        there = threading.Event()
+
+        def block_until_ready(self):
+            self.there.wait()
+
+    asked = time.perf_counter()
+    late, soon = when_done({"loss": Late()}), when_done(jax.numpy.ones(8) * 2)  # a device's work is done in turn
+    time.sleep(0.05)
+    assert not late.done() and not soon.done()
+    Late.there.set()
+    late.result()
+    time.sleep(0.1)
+    assert asked + 0.05 <= late.result() <= soon.result() < time.perf_counter() - 0.05
 
 
 # --- the reporter ---

@@ -8,18 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import UserError
 from jaxgpt.cli import run_main
 from jaxgpt.config import read_config, resolve
+from jaxgpt.metrics import Reporter, Stopwatch
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.step import abstract_state
-from jaxgpt.train import choose_steps_per_call, main, train
+from jaxgpt.train import StepLog, choose_steps_per_call, main, train
 
 CPU = f"{Path(__file__).parents[1] / 'configs' / 'shakespeare_char.py'}:cpu"
 TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.2, batch_size=1, gradient_accumulation_steps=8)
@@ -283,6 +287,18 @@ def test_steps_per_call(tiny_config, monkeypatch):
     assert choose_steps_per_call(config, 75, 1e9) == 25
     with pytest.raises(UserError, match="steps_per_call=25 must divide eval_interval=250.* start from, 30; 10 does"):
         choose_steps_per_call(config, 30, 1e9)
+
+
+def test_the_time_in_a_line_is_the_devices(tiny_config, monkeypatch):
+    """The last one's before an evaluation, too: nothing follows it, and what came before it was seen late."""
+    ends = iter([10.0, 10.1, 10.2])
+    monkeypatch.setattr("jaxgpt.train.when_done", lambda metrics: mock.Mock(result=partial(float, next(ends))))
+    reporter = mock.Mock(spec=Reporter)
+    log = StepLog(tiny_config(log_interval=1), reporter, Stopwatch(1e12, 100))
+    for step in (1, 2, 3):
+        log.add(step, {"loss": jnp.ones(1), "finite": jnp.ones(1, bool), "bad_steps": jnp.zeros(1, int)})
+    log.flush()
+    assert [call.args[1].get("step_ms") for call in reporter.record.mock_calls] == [None, *[pytest.approx(100.0)] * 2]
 
 
 def test_a_checkpoint_that_is_another_runs_is_refused(finished, arguments, tmp_path):
