@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax._src.config import threefry_gpu_kernel_lowering  # as a context it has no public name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
@@ -140,9 +139,7 @@ def create_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> Trai
     make = jax.jit(
         partial(init_state, parts, mesh), out_shardings=shardings, donate_argnums=() if params is None else 0
     )
-    # on one GPU random bits come from CUDA's kernel of the generator: the same bits from a third of the operations
-    with threefry_gpu_kernel_lowering(mesh.size == 1):
-        return make() if params is None else make(params)
+    return make() if params is None else make(params)
 
 
 def complete_state(state: TrainState, abstract: TrainState) -> TrainState:
