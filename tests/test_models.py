@@ -376,6 +376,9 @@ def test_a_dry_run_describes_it(arguments, tmp_path, capfd):
     assert "parameters" in capfd.readouterr().out and not (tmp_path / "none").exists()
 
 
+MLP_LINE = "        self.mlp = MLP(config, rngs=rngs)\n"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -385,6 +388,9 @@ def test_a_dry_run_describes_it(arguments, tmp_path, capfd):
         ('"wte/embedding", "embedding", tensor=0', '"wte/embedding", "embedding", tensor=5', "has tensor=5"),
         ("(y.reshape(batch, -1, c.n_head, c.head_size) for y in qkv)", "(y[:, : 12 * n].reshape(batch, -1, n, 12) "
          "for y, n in zip(qkv, (4, 3, 3)))", "4 heads of queries cannot share 3 of keys"),
+        (MLP_LINE, MLP_LINE + "        self.gain = jnp.ones(3)\n", "Block.gain is an array and no parameter; make"),
+        (MLP_LINE, MLP_LINE + "        self.gain = __import__('numpy').ones(3)\n", "Block.gain is an array and no"),
+        (MLP_LINE, MLP_LINE + "        self.drop = nnx.Dropout(0.1, rngs=rngs)\n", "drop/rngs/.* is an Rng.*, and a"),
     ],
 )  # fmt: skip
 def test_an_authors_mistake_is_one_line(tmp_path, old, new, message):

@@ -59,6 +59,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
@@ -343,7 +344,22 @@ def bind(config: ModelConfig, params: Params) -> Any:
 
 @functools.lru_cache(maxsize=8)  # over a second for 48 layers
 def _structure(config: ModelConfig):
-    return nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param)
+    module = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    for _, part in nnx.iter_modules(module):
+        if stray := [name for name, value in vars(part).items() if isinstance(value, arrays)]:
+            raise UserError(
+                f"model={config.file.name}: {type(part).__name__}.{stray[0]} is an array and no parameter; make it an "
+                "nnx.Param, or compute it where it is used"
+            )
+    graphdef, params, others = nnx.split(module, nnx.Param, ...)
+    if found := nnx.to_flat_state(others):
+        path, value = next(iter(found))
+        raise UserError(
+            f"model={config.file.name}: {'/'.join(map(str, path))} is an {type(value).__name__}, and a model holds "
+            "parameters alone, nnx.Param; random numbers come from the seed that `loss` is given"
+        )
+    return graphdef, params
 
 
 def traced_once(f: Callable, *, remat: bool = False, policy: Any = None, **options: Any) -> Callable:
