@@ -5,6 +5,7 @@ so, once, and every op runs its plain twin.
 """
 
 import functools
+import importlib.util
 import math
 import sys
 import warnings
@@ -25,8 +26,10 @@ except ImportError:
     triton = None
 
 # MLIR asks for the Python module of a value's dialect until it finds one, and Triton's has none there: looking for it,
-# 400 times in a step, took 0.06 to 0.1 s of a start
-sys.modules.setdefault("jaxlib.mlir.dialects.tt", ModuleType("jaxlib.mlir.dialects.tt"))
+# 400 times in a step, took 0.06 to 0.1 s of a start. One that a later jaxlib may have is left alone
+_DIALECT = "jaxlib.mlir.dialects.tt"
+if triton and _DIALECT not in sys.modules and importlib.util.find_spec(_DIALECT) is None:
+    sys.modules[_DIALECT] = ModuleType(_DIALECT)
 
 # Said at each lowering of a kernel. To be removed with the backend: `available` then is false, and warns in its stead.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
