@@ -16,7 +16,7 @@ from jaxgpt.config import default_config, resolve
 from jaxgpt.decoding import Generator, Sampling
 from jaxgpt.models import bind, init_params
 from jaxgpt.models.gpt2 import GPTConfig
-from jaxgpt.ops import choose, decode, fp8, matmul
+from jaxgpt.ops import choose, decode, fan_out, fp8, matmul
 from jaxgpt.ops.activation import ACTIVATIONS, gelu_gradient, gelu_value, relu2_gradient, relu2_value
 from jaxgpt.ops.attention import attention, cached_attention
 from jaxgpt.ops.attention import supports as attention_supports
@@ -224,15 +224,26 @@ def test_no_product_of_fp8_is_made_in_bfloat16():
 @pytest.mark.skipif(not matmul.supports(128, 64, 128, BF16), reason="wgmma is Hopper's")
 @pytest.mark.parametrize("activation", ["gelu", "relu2"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize(("m", "k", "n"), [(16896, 768, 384), (128, 64, 128), (4992, 1024, 640)])
+@pytest.mark.parametrize(("m", "k", "n"), [(16896, 768, 384), (128, 64, 128), (4992, 1600, 640)])
 def test_product_that_ends_in_an_activation(m, k, n, dtype, activation):
     x, w, h = normal(0, m, k, dtype=dtype), normal(1, k, n, dtype=dtype, std=k**-0.5), normal(2, m, n, dtype=dtype)
     total, pointwise = jnp.matmul(x, w, preferred_element_type=F32), ACTIVATIONS[activation]
     before, value = matmul.activate_in_product(x, w, activation)
     assert_alike(before, total.astype(dtype), ROUNDING[dtype])
     assert_alike(value, pointwise.value(before.astype(F32)).astype(dtype), ROUNDING[dtype])
-    gradient = matmul.gradient_in_product(x, w, h, activation)
+    gradient = matmul.gradient_in_product(x, w.T, h, activation)
     assert_alike(gradient, pointwise.gradient(h.astype(F32), total).astype(dtype), ROUNDING[dtype])
+
+
+@pytest.mark.skipif(not fan_out.supports(256, 64, 128, BF16), reason="wgmma is Hopper's")
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("m", "k", "n", "count"), [(16896, 768, 768, 3), (256, 64, 128, 1), (4864, 1600, 1600, 3)])
+def test_sum_of_products(m, k, n, count, dtype):
+    xs, w = [normal(i, m, k, dtype=dtype) for i in range(count)], normal(9, n, count, k, dtype=dtype, std=k**-0.5)
+    total = jnp.zeros((m, n), F32)
+    for i, x in enumerate(xs):
+        total += jnp.matmul(x, w[:, i].T, preferred_element_type=F32)
+    assert_alike(fan_out.sum_of_products(xs, w), total.astype(dtype), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("batch", [1, 10, 33])

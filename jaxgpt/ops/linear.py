@@ -4,7 +4,6 @@
 after the norm's kernel (norm.py). When one new token for each of a few rows is decoded they are one kernel (decode.py).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxgpt.ops import decode, fp8, matmul
 from jaxgpt.ops.activation import activate
+from jaxgpt.ops.fan_out import products
 from jaxgpt.ops.norm import Norm, add_norm
 from jaxgpt.ops.paths import note
 from jaxgpt.sharding import on_parts, splits
@@ -85,8 +85,7 @@ def linear(
         return matmul.activated_product(x, w, None if b is None else b.astype(x.dtype), activation)
     if w.ndim == 2:
         return _finish(jnp.matmul(x, w, preferred_element_type=dtype), b, activation, fast)[:, :columns]
-    # several products rather than one: their outputs are what attention takes, where slices would be copies
-    ys = [jnp.matmul(y, w[:, i], preferred_element_type=dtype) for i, y in enumerate(_fan_out(x, w.shape[1]))]
+    ys = products(x, w, dtype, kernels=fast.kernels)
     return tuple(_finish(y, None if b is None else b[i], activation, fast) for i, y in enumerate(ys))
 
 
@@ -165,19 +164,3 @@ def _decoded(x, norm, w, b, activation, dtype=None, columns=None, residual=None)
     options = {"norm": norm, "activation": activation, "residual": residual, "sizes": sizes, "dtype": dtype}
     ys = decode.product(x, rows, b, **options)
     return ys[0] if w.ndim == 2 else ys
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _fan_out(x: Float[Array, "M K"], count: int):
-    """x `count` times. Its gradients are added in turn, so that each matrix product adds to the last one's."""
-    return (x,) * count
-
-
-def _fan_in(count, _, gradients):
-    total, *others = gradients
-    for gradient in others:
-        total = jax.lax.optimization_barrier(total) + gradient
-    return (total,)
-
-
-_fan_out.defvjp(lambda x, count: (_fan_out(x, count), None), _fan_in)

@@ -7,7 +7,6 @@ fetches what both need.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,29 +16,24 @@ from jaxtyping import Array, Float
 
 from jaxgpt.ops.activation import ACTIVATIONS, activate
 from jaxgpt.ops.activation import supports as in_cublas
-from jaxgpt.ops.launch import available
+from jaxgpt.ops.launch import available, on_hopper
 from jaxgpt.ops.paths import note
 
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of the summed dimension fetched at a time
-STAGES = 5  # such parts on their way: with the elements' buffers 224 of a multiprocessor's 227 KiB
+ROWS, DEPTH = 128, 64  # of a tile of the result, and of the summed dimension fetched at a time
+# Columns of a tile: (parts fetched that are on their way, columns that are worked on at a time). With the elements'
+# buffers the parts take 224 of a multiprocessor's 227 KiB
+COLUMNS = {160: (4, 32), 128: (5, 64)}
 BAND = 8  # tiles of rows that are worked on at a time, so that what they share is found in the L2 cache
 
 
 def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether there is a kernel for (M, K) times (K, N) on these devices: of 16 bits, in whole tiles, on Hopper.
 
-    And K at most 1,024: of a longer sum cuBLAS' lead takes more than the pass over its result (K = 1,600: 1.2% of a
-    step of gpt2-xl, where 124M gains 2.4%).
+    And K at most 1,024 unless tiles are wide: of longer sums the kernel of narrow ones, which fetch more for each
+    product, is no quicker than cuBLAS and a pass over its result.
     """
-    whole = m % ROWS == n % COLUMNS == k % DEPTH == 0 < k <= 1024
-    return whole and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and _on_hopper() and available()
-
-
-@functools.cache
-def _on_hopper() -> bool:
-    # wgmma, the instruction for products, is of compute capability 9.0 alone
-    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
-    return hopper and importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is not None
+    whole = m % ROWS == n % 128 == k % DEPTH == 0 < k and (k <= 1024 or n % max(COLUMNS) == 0)
+    return whole and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and on_hopper() and available()
 
 
 class Activated:
@@ -62,9 +56,9 @@ def activated_product(
 ) -> Activated:
     """activation(x @ w + b), a key of ACTIVATIONS; w and b are in x's dtype."""
     note("activation", "kernel")
-    if b is None and not in_cublas(activation):
+    if b is None and not in_cublas(activation) and x.shape[1] <= 1024:
         before, value = _activated_product(x, w, activation)  # pyright: ignore[reportGeneralTypeIssues]
-    else:  # cuBLAS takes less time: 0.53 ms for GELU in 124M's MLP, where the kernel takes 0.61
+    else:  # cuBLAS takes less time, of longer sums too: 0.53 ms for GELU in 124M's MLP, where the kernel takes 0.61
         before = x @ w if b is None else x @ w + b
         value = activate(before, activation, kernels=True)
     return Activated(before, value, activation)
@@ -98,7 +92,7 @@ def _product_of_activated(before, value, w, activation: str):
 def _product_of_activated_backward(activation, saved, dy):
     before, value, w = saved
     if supports(dy.shape[0], dy.shape[1], w.shape[0], dy.dtype):
-        d_before = gradient_in_product(dy, w.T, before, activation)
+        d_before = gradient_in_product(dy, w, before, activation)
     else:
         d_before = _gradient(before, dy @ w.T, activation)
     return d_before, None, jax.vjp(lambda w: value @ w, w)[1](dy)[0]
@@ -136,15 +130,15 @@ def activate_in_product(
         before = total.astype(x.dtype).astype(jnp.float32)
         return before, ACTIVATIONS[activation].value(before, _sigmoid)
 
-    before, value = _launch(x, w, None, end, outs=2)
+    before, value = _launch(x, w.T, None, end, outs=2)
     return before, value
 
 
 @functools.partial(jax.jit, static_argnames="activation")
 def gradient_in_product(
-    dy: Float[Array, "M K"], w: Float[Array, "K N"], before: Float[Array, "M N"], activation: str
+    dy: Float[Array, "M K"], w: Float[Array, "N K"], before: Float[Array, "M N"], activation: str
 ) -> Float[Array, "M N"]:
-    """The gradient of `before`, whose activation's gradient is dy @ w; in dy's dtype, from float32."""
+    """The gradient of `before`, whose activation's gradient is dy @ w.T; in dy's dtype, from float32."""
 
     def end(total, before):
         return (ACTIVATIONS[activation].gradient(before, total, _sigmoid),)
@@ -160,45 +154,47 @@ def _sigmoid(x):
 
 def _launch(
     a: Float[Array, "M K"],
-    b: Float[Array, "K N"],
+    b: Float[Array, "N K"],
     extra: Float[Array, "M N"] | None,
     end: Callable[..., Sequence[Array]],
     outs: int,
 ) -> Sequence[Float[Array, "M N"]]:
-    """end(a @ b, extra), applied to parts of tiles in float32; `outs` matrices in a's dtype, one if there is extra."""
+    """end(a @ b.T, extra), of parts of tiles in float32; `outs` matrices in a's dtype, one if there is extra."""
     from jax.experimental.pallas import mosaic_gpu as gpu  # 0.2 s, for those who need it
 
-    (m, k), n, dtype = a.shape, b.shape[1], a.dtype
+    (m, k), n, dtype = a.shape, b.shape[0], a.dtype
+    columns, (stages, width) = next(item for item in COLUMNS.items() if n % item[0] == 0)
+    across, parts = (m // ROWS, n // columns), columns // width
     programs = getattr(jax.local_devices()[0], "core_count", 2)  # one for each multiprocessor; interpreted, two
-    steps, half = k // DEPTH, COLUMNS // 2
+    steps = k // DEPTH
 
     def kernel(a_ref, b_ref, *refs):
         extra_ref, out_refs = (None, refs) if extra is None else (refs[0], refs[1:])
-        layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
 
-        def shared(*shape):
+        def shared(*shape):  # rows as wide as the swizzle
+            layout = gpu.TilingTransform((8, shape[-1])), gpu.SwizzleTransform(2 * shape[-1])
             return gpu.SMEM(shape, dtype, transforms=layout)
 
         @functools.partial(
             pl.run_scoped,
-            a_parts=shared(STAGES, ROWS, DEPTH),
-            b_parts=shared(STAGES, DEPTH, COLUMNS),
-            elements=shared(2, 2, ROWS, half),  # for each multiplying warpgroup: halves of extra, or of two results
+            a_parts=shared(stages, ROWS, DEPTH),
+            b_parts=shared(stages, columns, DEPTH),
+            elements=shared(2, parts, ROWS, width),  # for each multiplying warpgroup: extra, or parts of the results
             # a barrier counts its phases in each warpgroup that waits: so one of each stage for each of the two
-            fetched=gpu.Barrier(num_arrivals=2, num_barriers=2 * STAGES),
-            used=gpu.Barrier(num_barriers=STAGES),
-            extra_fetched=gpu.Barrier(num_arrivals=2, num_barriers=2),
+            fetched=gpu.Barrier(num_arrivals=2, num_barriers=2 * stages),
+            used=gpu.Barrier(num_barriers=stages),
+            extra_fetched=gpu.Barrier(num_arrivals=parts, num_barriers=2),
             stored=gpu.Barrier(num_barriers=2),
             turn=gpu.Barrier(num_barriers=2),
             collective_axes="group",
         )
         def scope(a_parts, b_parts, elements, fetched, used, extra_fetched, stored, turn):
             program, group = jax.lax.axis_index("program"), jax.lax.axis_index("group")
-            tiles = jax.lax.div(m // ROWS * (n // COLUMNS) - program + programs - 1, programs)  # this program's
+            tiles = jax.lax.div(across[0] * across[1] - program + programs - 1, programs)  # this program's
 
             def place(tile):
-                across = gpu.planar_snake(program + tile * programs, (m // ROWS, n // COLUMNS), 0, BAND)
-                return across[0] * ROWS, across[1] * COLUMNS
+                row, column = gpu.planar_snake(program + tile * programs, across, 0, BAND)
+                return row * ROWS, column * columns
 
             @pl.when(group == 2)
             def _fetch():
@@ -212,29 +208,29 @@ def _launch(
                     @pl.loop(0, steps)
                     def _step(i):
                         count = tile * steps + i
-                        stage = jax.lax.rem(count, STAGES)
-                        arrived = fetched.at[side * STAGES + stage]
+                        stage = jax.lax.rem(count, stages)
+                        arrived = fetched.at[side * stages + stage]
 
-                        @pl.when(count >= STAGES)
+                        @pl.when(count >= stages)
                         def _():
                             gpu.barrier_wait(used.at[stage])
 
                         depth = pl.ds(i * DEPTH, DEPTH)
                         gpu.copy_gmem_to_smem(a_ref.at[pl.ds(row, ROWS), depth], a_parts.at[stage], arrived)
-                        gpu.copy_gmem_to_smem(b_ref.at[depth, pl.ds(column, COLUMNS)], b_parts.at[stage], arrived)
+                        gpu.copy_gmem_to_smem(b_ref.at[pl.ds(column, columns), depth], b_parts.at[stage], arrived)
 
                         if (source := extra_ref) is None:
                             return
 
                         # late enough that its buffer, that of the tile before the last one, is free by then
-                        @pl.when(i == min(STAGES, steps - 1))
+                        @pl.when(i == min(stages, steps - 1))
                         def _():
                             @pl.when(tile >= 2)
                             def _():
                                 gpu.barrier_wait(stored.at[side])
 
-                            for j in range(2):
-                                part = source.at[pl.ds(row, ROWS), pl.ds(column + j * half, half)]
+                            for j in range(parts):
+                                part = source.at[pl.ds(row, ROWS), pl.ds(column + j * width, width)]
                                 gpu.copy_gmem_to_smem(part, elements.at[side, j], extra_fetched.at[side])
 
             @pl.when(group < 2)
@@ -242,9 +238,9 @@ def _launch(
                 gpu.set_max_registers(232, action="increase")
 
                 def release(count):
-                    @pl.when(count + STAGES < tiles * steps)
+                    @pl.when(count + stages < tiles * steps)
                     def _():
-                        gpu.barrier_arrive(used.at[jax.lax.rem(count, STAGES)])
+                        gpu.barrier_arrive(used.at[jax.lax.rem(count, stages)])
 
                 @pl.loop(0, jax.lax.div(tiles - group + 1, 2))
                 def _tile(pair):
@@ -259,9 +255,9 @@ def _launch(
                         @pl.loop(0, steps)
                         def _step(i):
                             count = tile * steps + i
-                            stage = jax.lax.rem(count, STAGES)
-                            gpu.barrier_wait(fetched.at[group * STAGES + stage])
-                            gpu.wgmma(total, a_parts.at[stage], b_parts.at[stage])
+                            stage = jax.lax.rem(count, stages)
+                            gpu.barrier_wait(fetched.at[group * stages + stage])
+                            gpu.wgmma(total, a_parts.at[stage], b_parts.at[stage].transpose((1, 0)))
                             gpu.wgmma_wait(1)
 
                             @pl.when(i > 0)
@@ -276,11 +272,11 @@ def _launch(
                         release((tile + 1) * steps - 1)
                         return done
 
-                    total = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32))
+                    total = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
                     if extra_ref is not None:
                         gpu.barrier_wait(extra_fetched.at[group])
-                    for j in range(2):
-                        part = total[:, j * half : (j + 1) * half]
+                    for j in range(parts):
+                        part = total[:, j * width : (j + 1) * width]
                         if extra_ref is None:
                             results, buffers = end(part), range(outs)
                             gpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -290,7 +286,7 @@ def _launch(
                             elements[group, buffer] = result.astype(dtype)
                         gpu.commit_smem()
                         for buffer, out in zip(buffers, out_refs, strict=True):
-                            to = out.at[pl.ds(row, ROWS), pl.ds(column + j * half, half)]
+                            to = out.at[pl.ds(row, ROWS), pl.ds(column + j * width, width)]
                             gpu.copy_smem_to_gmem(elements.at[group, buffer], to)
                     if extra_ref is None:
                         return

@@ -20,7 +20,7 @@ COLLECTIVES = r"nccl|all-?reduce|all-?gather|reduce-?scatter"
 KINDS = (
     ("collectives", COLLECTIVES),
     ("attention", r"flash|fmha|sdpa|attention|cudnn"),
-    ("matrix products", r"gemm|cublas|nvjet|cutlass|matmul|xmma|splitk"),
+    ("matrix products", r"gemm|cublas|nvjet|cutlass|matmul|product|xmma|splitk"),
     ("loss", r"_row_kernel|loss"),
     ("normalization", r"norm"),
     ("optimizer", r"select|adam"),

@@ -1,0 +1,191 @@
+"""One matrix times several: queries, keys and values. Its gradient is a sum of products, for Hopper GPUs one kernel.
+
+The compiler has cuBLAS add each product to the last one's result, which is written and read again in between. The
+kernel, of Pallas' Mosaic backend, keeps a tile's sums in registers through all of them: two warpgroups multiply half of
+its rows each, and a third fetches what both need.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from jaxgpt.ops.launch import available, on_hopper
+from jaxgpt.ops.paths import note
+
+ROWS, DEPTH = 256, 64  # of a tile of the result, and of the summed dimension fetched at a time
+COLUMNS = 128, 160  # of such a tile: the first that divides
+STAGES = 4  # parts on their way: with the results' buffers up to 224 of a multiprocessor's 227 KiB
+PART = 32  # columns that are stored at a time
+BAND = 8  # tiles of rows that are worked on at a time, so that what they share is found in the L2 cache
+
+
+def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether there is a kernel for the sum of (M, K) times (K, N): of 16 bits, in whole tiles, on Hopper."""
+    whole = m % ROWS == k % DEPTH == 0 and any(n % columns == 0 for columns in COLUMNS)
+    return whole and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and on_hopper() and available()
+
+
+def products(
+    x: Float[Array, "M K"], w: Float[Array, "K G N"], dtype: jax.typing.DTypeLike | None = None, *, kernels: bool
+) -> tuple[Float[Array, "M N"], ...]:
+    """x @ w[:, i] for each i, in `dtype`, by default x's; w is in x's. kernels: use ours if `supports` says so.
+
+    Several products rather than one: their outputs are what attention takes, where slices would be copies.
+    """
+    if kernels and dtype is None and supports(x.shape[0], w.shape[2], w.shape[0], x.dtype):
+        note("qkv gradient", "kernel")
+        return _with_kernel(x, w)
+    return _products(_fan_out(x, w.shape[1]), w, dtype)
+
+
+def _products(xs, w, dtype=None):
+    return tuple(jnp.matmul(x, w[:, i], preferred_element_type=dtype) for i, x in enumerate(xs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fan_out(x: Float[Array, "M K"], count: int):
+    """x `count` times. Its gradients are added in turn, so that each matrix product adds to the last one's."""
+    return (x,) * count
+
+
+def _fan_in(count, _, gradients):
+    total, *others = gradients
+    for gradient in others:
+        total = jax.lax.optimization_barrier(total) + gradient
+    return (total,)
+
+
+_fan_out.defvjp(lambda x, count: (_fan_out(x, count), None), _fan_in)
+
+
+@jax.custom_vjp
+def _with_kernel(x, w):
+    return _products((x,) * w.shape[1], w)
+
+
+def _backward(saved, dys):
+    x, w = saved
+    return sum_of_products(dys, w), jax.vjp(lambda w: _products((x,) * w.shape[1], w), w)[1](dys)[0]
+
+
+_with_kernel.defvjp(lambda x, w: (_with_kernel(x, w), (x, w)), _backward)
+
+
+# jitted so that a model traces and lowers it once, not once a layer
+@jax.jit
+def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"]) -> Float[Array, "M N"]:
+    """The sum over i of xs[i] @ w[:, i].T, in their dtype, from float32."""
+    from jax.experimental.pallas import mosaic_gpu as gpu  # 0.2 s, for those who need it
+
+    (m, k), n, dtype = xs[0].shape, w.shape[0], w.dtype
+    columns = next(c for c in COLUMNS if n % c == 0)
+    programs = getattr(jax.local_devices()[0], "core_count", 2)  # one for each multiprocessor; interpreted, two
+    across, half = (m // ROWS, n // columns), ROWS // 2
+    each = k // DEPTH  # steps of one product
+    steps = len(xs) * each
+
+    def kernel(*refs):
+        *x_refs, w_ref, out_ref = refs
+
+        def shared(*shape):  # rows as wide as the swizzle
+            layout = gpu.TilingTransform((8, shape[-1])), gpu.SwizzleTransform(2 * shape[-1])
+            return gpu.SMEM(shape, dtype, transforms=layout)
+
+        @functools.partial(
+            pl.run_scoped,
+            x_parts=shared(STAGES, ROWS, DEPTH),
+            w_parts=shared(STAGES, columns, DEPTH),
+            results=shared(2, half, PART),
+            fetched=gpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            used=gpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            collective_axes="group",
+        )
+        def scope(x_parts, w_parts, results, fetched, used):
+            program, group = jax.lax.axis_index("program"), jax.lax.axis_index("group")
+            tiles = jax.lax.div(across[0] * across[1] - program + programs - 1, programs)  # this program's
+
+            def place(tile):
+                row, column = gpu.planar_snake(program + tile * programs, across, 0, BAND)
+                return row * ROWS, column * columns
+
+            @pl.when(group == 2)
+            def _fetch():
+                gpu.set_max_registers(40, action="decrease")
+
+                @pl.loop(0, tiles)
+                def _tile(tile):
+                    row, column = place(tile)
+                    for i, x_ref in enumerate(x_refs):
+
+                        @pl.loop(0, each)
+                        def _step(j, i=i, x_ref=x_ref):
+                            count = tile * steps + i * each + j
+                            stage = jax.lax.rem(count, STAGES)
+
+                            @pl.when(count >= STAGES)
+                            def _():
+                                gpu.barrier_wait(used.at[stage])
+
+                            depth = pl.ds(j * DEPTH, DEPTH)
+                            for part, parts in (
+                                (x_ref.at[pl.ds(row, ROWS), depth], x_parts),
+                                (w_ref.at[pl.ds(column, columns), i, depth], w_parts),
+                            ):
+                                gpu.copy_gmem_to_smem(part, parts.at[stage], fetched.at[stage])
+
+            @pl.when(group < 2)
+            def _multiply():
+                gpu.set_max_registers(232, action="increase")
+
+                def release(count):
+                    @pl.when(count + STAGES < tiles * steps)
+                    def _():
+                        gpu.barrier_arrive(used.at[jax.lax.rem(count, STAGES)])
+
+                @pl.loop(0, tiles)
+                def _tile(tile):
+                    row, column = place(tile)
+
+                    def sums(total):
+                        @pl.loop(0, steps)
+                        def _step(i):
+                            count = tile * steps + i
+                            stage = jax.lax.rem(count, STAGES)
+                            gpu.barrier_wait(fetched.at[stage])
+                            x_part = x_parts.at[stage, pl.ds(group * half, half)]
+                            gpu.wgmma(total, x_part, w_parts.at[stage].transpose((1, 0)))
+                            gpu.wgmma_wait(1)
+
+                            @pl.when(i > 0)
+                            def _():
+                                release(count - 1)
+
+                        done = total[...]
+                        release((tile + 1) * steps - 1)
+                        return done
+
+                    total = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((half, columns), jnp.float32))
+                    for i in range(0, columns, PART):
+                        gpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        results[group] = total[:, i : i + PART].astype(dtype)
+                        gpu.commit_smem()
+                        to = out_ref.at[pl.ds(row + group * half, half), pl.ds(column + i, PART)]
+                        gpu.copy_smem_to_gmem(results.at[group], to)
+
+                gpu.wait_smem_to_gmem(0)
+
+    kernel.__name__ = "product_sum"  # what profiles show
+    run = gpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((m, n), dtype),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
+    )
+    return run(*xs, w)
