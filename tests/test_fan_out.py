@@ -8,7 +8,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, forc
 from test_matmul import assert_near, in_float64, interpreted
 from test_ops import normal
 
-from jaxgpt.ops import fan_out
+from jaxgpt.ops import fan_out, hopper
 from jaxgpt.ops.linear import Fast, linear
 
 
@@ -29,7 +29,7 @@ def test_kernel(m, k, n, count, dtype):
 
 def test_where_there_is_a_kernel(monkeypatch):
     assert not fan_out.supports(1024, 768, 768, "bfloat16")  # on a CPU
-    monkeypatch.setattr(fan_out, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper, "on_hopper", lambda: True)
     assert fan_out.supports(1024, 768, 768, "bfloat16")
     assert fan_out.supports(1024, 1600, 1600, "float16")
     for m, k, n, dtype in [
@@ -51,7 +51,7 @@ def test_queries_keys_and_values_with_the_kernel_are_those_without(bias, dtype, 
             total = total + jnp.matmul(x, w[:, i].T, preferred_element_type=jnp.float32)
         return total.astype(w.dtype)
 
-    monkeypatch.setattr(fan_out, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper, "on_hopper", lambda: True)
     monkeypatch.setattr(fan_out, "sum_of_products", sum_of_products)
     x, w, b = normal(0, 256, 128, dtype=dtype), normal(1, 128, 3, 64), normal(2, 3, 64) if bias else None
 

@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 from test_ops import normal
 
-from jaxgpt.ops import matmul
+from jaxgpt.ops import hopper, matmul
 from jaxgpt.ops.activation import ACTIVATIONS, activate
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.linear import Fast, linear
@@ -54,7 +54,7 @@ def test_kernels(m, k, n, activation, dtype):
 
 def test_where_there_is_a_kernel(monkeypatch):
     assert not matmul.supports(1024, 768, 3072, "bfloat16")  # on a CPU
-    monkeypatch.setattr(matmul, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper, "on_hopper", lambda: True)
     assert matmul.supports(1024, 768, 3072, "bfloat16")
     for m, k, n, dtype in [
         (1000, 768, 3072, "bfloat16"), (1024, 700, 3072, "bfloat16"), (1024, 768, 3000, "bfloat16"),
@@ -74,7 +74,7 @@ def plain_kernels(monkeypatch):
     def gradient_in_product(dy, w, before, activation):
         return matmul._gradient(before, dy @ w.T, activation)
 
-    monkeypatch.setattr(matmul, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper, "on_hopper", lambda: True)
     monkeypatch.setattr(matmul, "activate_in_product", activate_in_product)
     monkeypatch.setattr(matmul, "gradient_in_product", gradient_in_product)
 

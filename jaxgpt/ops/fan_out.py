@@ -13,20 +13,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxgpt.ops.launch import available, on_hopper
+from jaxgpt.ops import hopper
+from jaxgpt.ops.hopper import DEPTH, shared
 from jaxgpt.ops.paths import note
 
-ROWS, DEPTH = 256, 64  # of a tile of the result, and of the summed dimension fetched at a time
+ROWS = 256  # of a tile of the result
 COLUMNS = 128, 160  # of such a tile: the first that divides
 STAGES = 4  # parts on their way: with the results' buffers up to 224 of a multiprocessor's 227 KiB
 PART = 32  # columns that are stored at a time
-BAND = 8  # tiles of rows that are worked on at a time, so that what they share is found in the L2 cache
 
 
 def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether there is a kernel for the sum of (M, K) times (K, N): of 16 bits, in whole tiles, on Hopper."""
-    whole = m % ROWS == k % DEPTH == 0 and any(n % columns == 0 for columns in COLUMNS)
-    return whole and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and on_hopper() and available()
+    return any(n % columns == 0 for columns in COLUMNS) and hopper.supports(m, k, dtype, rows=ROWS)
 
 
 def products(
@@ -83,40 +82,30 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
 
     (m, k), n, dtype = xs[0].shape, w.shape[0], w.dtype
     columns = next(c for c in COLUMNS if n % c == 0)
-    programs = getattr(jax.local_devices()[0], "core_count", 2)  # one for each multiprocessor; interpreted, two
-    across, half = (m // ROWS, n // columns), ROWS // 2
-    each = k // DEPTH  # steps of one product
+    half, each = ROWS // 2, k // DEPTH  # each: steps of one product
     steps = len(xs) * each
 
     def kernel(*refs):
         *x_refs, w_ref, out_ref = refs
 
-        def shared(*shape):  # rows as wide as the swizzle
-            layout = gpu.TilingTransform((8, shape[-1])), gpu.SwizzleTransform(2 * shape[-1])
-            return gpu.SMEM(shape, dtype, transforms=layout)
-
         @functools.partial(
             pl.run_scoped,
-            x_parts=shared(STAGES, ROWS, DEPTH),
-            w_parts=shared(STAGES, columns, DEPTH),
-            results=shared(2, half, PART),
+            x_parts=shared(dtype, STAGES, ROWS, DEPTH),
+            w_parts=shared(dtype, STAGES, columns, DEPTH),
+            results=shared(dtype, 2, half, PART),
             fetched=gpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             used=gpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             collective_axes="group",
         )
         def scope(x_parts, w_parts, results, fetched, used):
-            program, group = jax.lax.axis_index("program"), jax.lax.axis_index("group")
-            tiles = jax.lax.div(across[0] * across[1] - program + programs - 1, programs)  # this program's
-
-            def place(tile):
-                row, column = gpu.planar_snake(program + tile * programs, across, 0, BAND)
-                return row * ROWS, column * columns
+            group = jax.lax.axis_index("group")
+            count_tiles, place = hopper.tiles(m, n, ROWS, columns)
 
             @pl.when(group == 2)
             def _fetch():
                 gpu.set_max_registers(40, action="decrease")
 
-                @pl.loop(0, tiles)
+                @pl.loop(0, count_tiles)
                 def _tile(tile):
                     row, column = place(tile)
                     for i, x_ref in enumerate(x_refs):
@@ -142,11 +131,11 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
                 gpu.set_max_registers(232, action="increase")
 
                 def release(count):
-                    @pl.when(count + STAGES < tiles * steps)
+                    @pl.when(count + STAGES < count_tiles * steps)
                     def _():
                         gpu.barrier_arrive(used.at[jax.lax.rem(count, STAGES)])
 
-                @pl.loop(0, tiles)
+                @pl.loop(0, count_tiles)
                 def _tile(tile):
                     row, column = place(tile)
 
@@ -178,14 +167,5 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
 
                 gpu.wait_smem_to_gmem(0)
 
-    kernel.__name__ = "product_sum"  # what profiles show
-    run = gpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((m, n), dtype),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="group",
-        compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
-    )
-    return run(*xs, w)
+    kernel.__name__ = "product_sum"
+    return hopper.launch(kernel, *xs, w, out=[jax.ShapeDtypeStruct((m, n), dtype)])[0]

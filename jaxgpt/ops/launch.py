@@ -40,14 +40,6 @@ def available() -> bool:
     return tensor_parts() == 1 and _installed()
 
 
-@functools.cache
-def on_hopper() -> bool:
-    """Whether these devices have wgmma, the instruction for products that Pallas' Mosaic backend takes."""
-    # of compute capability 9.0 alone
-    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
-    return hopper and importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is not None
-
-
 @functools.cache  # one warning
 def _installed() -> bool:
     if triton is None:

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from jaxgpt.ops import hopper
 from jaxgpt.ops.activation import ACTIVATIONS, activate
 from jaxgpt.ops.activation import supports as in_cublas
-from jaxgpt.ops.launch import available, on_hopper
+from jaxgpt.ops.hopper import DEPTH, shared
 from jaxgpt.ops.paths import note
 
-ROWS, DEPTH = 128, 64  # of a tile of the result, and of the summed dimension fetched at a time
+ROWS = 128  # of a tile of the result
 # Columns of a tile: (parts fetched that are on their way, columns that are worked on at a time). With the elements'
 # buffers the parts take 224 of a multiprocessor's 227 KiB
 COLUMNS = {160: (4, 32), 128: (5, 64)}
-BAND = 8  # tiles of rows that are worked on at a time, so that what they share is found in the L2 cache
 
 
 def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
@@ -32,8 +32,7 @@ def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
     And K at most 1,024 unless tiles are wide: of longer sums the kernel of narrow ones, which fetch more for each
     product, is no quicker than cuBLAS and a pass over its result.
     """
-    whole = m % ROWS == n % 128 == k % DEPTH == 0 < k and (k <= 1024 or n % max(COLUMNS) == 0)
-    return whole and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and on_hopper() and available()
+    return n % 128 == 0 and (k <= 1024 or n % max(COLUMNS) == 0) and hopper.supports(m, k, dtype, rows=ROWS)
 
 
 class Activated:
@@ -164,22 +163,16 @@ def _launch(
 
     (m, k), n, dtype = a.shape, b.shape[0], a.dtype
     columns, (stages, width) = next(item for item in COLUMNS.items() if n % item[0] == 0)
-    across, parts = (m // ROWS, n // columns), columns // width
-    programs = getattr(jax.local_devices()[0], "core_count", 2)  # one for each multiprocessor; interpreted, two
-    steps = k // DEPTH
+    parts, steps = columns // width, k // DEPTH
 
     def kernel(a_ref, b_ref, *refs):
         extra_ref, out_refs = (None, refs) if extra is None else (refs[0], refs[1:])
 
-        def shared(*shape):  # rows as wide as the swizzle
-            layout = gpu.TilingTransform((8, shape[-1])), gpu.SwizzleTransform(2 * shape[-1])
-            return gpu.SMEM(shape, dtype, transforms=layout)
-
         @functools.partial(
             pl.run_scoped,
-            a_parts=shared(stages, ROWS, DEPTH),
-            b_parts=shared(stages, columns, DEPTH),
-            elements=shared(2, parts, ROWS, width),  # for each multiplying warpgroup: extra, or parts of the results
+            a_parts=shared(dtype, stages, ROWS, DEPTH),
+            b_parts=shared(dtype, stages, columns, DEPTH),
+            elements=shared(dtype, 2, parts, ROWS, width),  # for each multiplying warpgroup: extra, or parts of results
             # a barrier counts its phases in each warpgroup that waits: so one of each stage for each of the two
             fetched=gpu.Barrier(num_arrivals=2, num_barriers=2 * stages),
             used=gpu.Barrier(num_barriers=stages),
@@ -189,18 +182,14 @@ def _launch(
             collective_axes="group",
         )
         def scope(a_parts, b_parts, elements, fetched, used, extra_fetched, stored, turn):
-            program, group = jax.lax.axis_index("program"), jax.lax.axis_index("group")
-            tiles = jax.lax.div(across[0] * across[1] - program + programs - 1, programs)  # this program's
-
-            def place(tile):
-                row, column = gpu.planar_snake(program + tile * programs, across, 0, BAND)
-                return row * ROWS, column * columns
+            group = jax.lax.axis_index("group")
+            count_tiles, place = hopper.tiles(m, n, ROWS, columns)
 
             @pl.when(group == 2)
             def _fetch():
                 gpu.set_max_registers(40, action="decrease")
 
-                @pl.loop(0, tiles)
+                @pl.loop(0, count_tiles)
                 def _tile(tile):
                     row, column = place(tile)
                     side = jax.lax.rem(tile, 2)
@@ -238,11 +227,11 @@ def _launch(
                 gpu.set_max_registers(232, action="increase")
 
                 def release(count):
-                    @pl.when(count + stages < tiles * steps)
+                    @pl.when(count + stages < count_tiles * steps)
                     def _():
                         gpu.barrier_arrive(used.at[jax.lax.rem(count, stages)])
 
-                @pl.loop(0, jax.lax.div(tiles - group + 1, 2))
+                @pl.loop(0, jax.lax.div(count_tiles - group + 1, 2))
                 def _tile(pair):
                     tile = 2 * pair + group
                     row, column = place(tile)
@@ -264,7 +253,7 @@ def _launch(
                             def _():
                                 release(count - 1)
 
-                        @pl.when(tile + 1 < tiles)
+                        @pl.when(tile + 1 < count_tiles)
                         def _():
                             gpu.barrier_arrive(turn.at[1 - group])
 
@@ -291,21 +280,13 @@ def _launch(
                     if extra_ref is None:
                         return
 
-                    @pl.when(tile + 2 < tiles)
+                    @pl.when(tile + 2 < count_tiles)
                     def _():
                         gpu.wait_smem_to_gmem(0, wait_read_only=True)
                         gpu.barrier_arrive(stored.at[group])
 
                 gpu.wait_smem_to_gmem(0)
 
-    kernel.__name__ = "product_activated" if extra is None else "product_and_gradient"  # what profiles show
-    run = gpu.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((m, n), dtype)] * outs,
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="group",
-        compiler_params=gpu.CompilerParams(approx_math=True, lowering_semantics=gpu.LoweringSemantics.Warpgroup),
-    )
-    return run(a, b) if extra is None else run(a, b, extra)
+    kernel.__name__ = "product_activated" if extra is None else "product_and_gradient"
+    out = [jax.ShapeDtypeStruct((m, n), dtype)] * outs
+    return hopper.launch(kernel, a, b, *([] if extra is None else [extra]), out=out)
