@@ -68,7 +68,7 @@ def _with_kernel(x, w):
 
 def _backward(saved, dys):
     x, w = saved
-    return sum_of_products(dys, w), jax.vjp(lambda w: _products((x,) * w.shape[1], w), w)[1](dys)[0]
+    return sum_of_products(dys, w), jax.vjp(functools.partial(_products, (x,) * w.shape[1]), w)[1](dys)[0]
 
 
 _with_kernel.defvjp(lambda x, w: (_with_kernel(x, w), (x, w)), _backward)
@@ -100,6 +100,7 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
         def scope(x_parts, w_parts, results, fetched, used):
             group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(m, n, ROWS, columns)
+            ring = hopper.Ring(x_parts, w_parts, fetched, used, count_tiles * steps)
 
             @pl.when(group == 2)
             def _fetch():
@@ -112,52 +113,21 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
 
                         @pl.loop(0, each)
                         def _step(j, i=i, x_ref=x_ref):
-                            count = tile * steps + i * each + j
-                            stage = jax.lax.rem(count, STAGES)
-
-                            @pl.when(count >= STAGES)
-                            def _():
-                                gpu.barrier_wait(used.at[stage])
-
                             depth = pl.ds(j * DEPTH, DEPTH)
-                            for part, parts in (
-                                (x_ref.at[pl.ds(row, ROWS), depth], x_parts),
-                                (w_ref.at[pl.ds(column, columns), i, depth], w_parts),
-                            ):
-                                gpu.copy_gmem_to_smem(part, parts.at[stage], fetched.at[stage])
+                            x_part, w_part = (
+                                x_ref.at[pl.ds(row, ROWS), depth],
+                                w_ref.at[pl.ds(column, columns), i, depth],
+                            )
+                            ring.fetch(tile * steps + i * each + j, x_part, w_part)
 
             @pl.when(group < 2)
             def _multiply():
                 gpu.set_max_registers(232, action="increase")
 
-                def release(count):
-                    @pl.when(count + STAGES < count_tiles * steps)
-                    def _():
-                        gpu.barrier_arrive(used.at[jax.lax.rem(count, STAGES)])
-
                 @pl.loop(0, count_tiles)
                 def _tile(tile):
                     row, column = place(tile)
-
-                    def sums(total):
-                        @pl.loop(0, steps)
-                        def _step(i):
-                            count = tile * steps + i
-                            stage = jax.lax.rem(count, STAGES)
-                            gpu.barrier_wait(fetched.at[stage])
-                            x_part = x_parts.at[stage, pl.ds(group * half, half)]
-                            gpu.wgmma(total, x_part, w_parts.at[stage].transpose((1, 0)))
-                            gpu.wgmma_wait(1)
-
-                            @pl.when(i > 0)
-                            def _():
-                                release(count - 1)
-
-                        done = total[...]
-                        release((tile + 1) * steps - 1)
-                        return done
-
-                    total = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((half, columns), jnp.float32))
+                    total = ring.multiply(tile * steps, steps, rows=pl.ds(group * half, half))
                     for i in range(0, columns, PART):
                         gpu.wait_smem_to_gmem(0, wait_read_only=True)
                         results[group] = total[:, i : i + PART].astype(dtype)

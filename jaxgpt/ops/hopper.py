@@ -7,11 +7,12 @@ products that only compute capability 9.0 has.
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from jaxgpt.ops.launch import available
 
@@ -58,6 +59,75 @@ def tiles(m: int, n: int, rows: int, columns: int) -> tuple[Array, Callable[[Arr
         return row * rows, column * columns
 
     return jax.lax.div(across[0] * across[1] - program + programs - 1, programs), place
+
+
+class Ring(NamedTuple):
+    """A ring of stages: parts of two matrices that one warpgroup fetches and others multiply, `steps` in all."""
+
+    a: Any  # references to shared memory: (stages, rows, DEPTH)
+    b: Any  # (stages, columns, DEPTH)
+    fetched: Any  # a barrier for each stage, or for each of each side's
+    used: Any  # a barrier for each stage
+    steps: Array
+
+    def fetch(self, step: Array, a: Any, b: Any, side: Array | None = None) -> None:
+        """Begins to fetch a step's parts, once those before them in the same stage are used."""
+        from jax.experimental.pallas import mosaic_gpu as gpu
+
+        stage = jax.lax.rem(step, self.a.shape[0])
+        arrived = self._fetched(stage, side)
+
+        @pl.when(step >= self.a.shape[0])
+        def _():
+            gpu.barrier_wait(self.used.at[stage])
+
+        gpu.copy_gmem_to_smem(a, self.a.at[stage], arrived)
+        gpu.copy_gmem_to_smem(b, self.b.at[stage], arrived)
+
+    def multiply(
+        self, first: Array, count: int, *, rows: Any = None, side: Array | None = None, end: Callable = lambda: None
+    ) -> Float[Array, "R N"]:
+        """The sum of a[rows] @ b.T over `count` steps from `first` on, in float32. rows: a `pl.ds`, by default all.
+
+        side: the warpgroup, where they take turns and so have fetched-barriers of their own. end(): called once the
+        last product has begun.
+        """
+        from jax.experimental.pallas import mosaic_gpu as gpu
+
+        def sums(total):
+            @pl.loop(0, count)
+            def _step(i):
+                step = first + i
+                stage = jax.lax.rem(step, self.a.shape[0])
+                gpu.barrier_wait(self._fetched(stage, side))
+                gpu.wgmma(
+                    total,
+                    self.a.at[stage] if rows is None else self.a.at[stage, rows],
+                    self.b.at[stage].transpose((1, 0)),
+                )
+                gpu.wgmma_wait(1)
+
+                @pl.when(i > 0)
+                def _():
+                    self._release(step - 1)
+
+            end()
+            done = total[...]
+            self._release(first + count - 1)
+            return done
+
+        shape = self.a.shape[1] if rows is None else rows.size, self.b.shape[1]
+        return pl.run_scoped(sums, gpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+    def _fetched(self, stage, side):
+        return self.fetched.at[stage if side is None else side * self.a.shape[0] + stage]
+
+    def _release(self, step):
+        from jax.experimental.pallas import mosaic_gpu as gpu
+
+        @pl.when(step + self.a.shape[0] < self.steps)
+        def _():
+            gpu.barrier_arrive(self.used.at[jax.lax.rem(step, self.a.shape[0])])
 
 
 def launch(kernel: Callable[..., None], *args: Array, out: Sequence[jax.ShapeDtypeStruct]) -> Sequence[Array]:

@@ -184,6 +184,7 @@ def _launch(
         def scope(a_parts, b_parts, elements, fetched, used, extra_fetched, stored, turn):
             group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(m, n, ROWS, columns)
+            ring = hopper.Ring(a_parts, b_parts, fetched, used, count_tiles * steps)
 
             @pl.when(group == 2)
             def _fetch():
@@ -196,17 +197,9 @@ def _launch(
 
                     @pl.loop(0, steps)
                     def _step(i):
-                        count = tile * steps + i
-                        stage = jax.lax.rem(count, stages)
-                        arrived = fetched.at[side * stages + stage]
-
-                        @pl.when(count >= stages)
-                        def _():
-                            gpu.barrier_wait(used.at[stage])
-
                         depth = pl.ds(i * DEPTH, DEPTH)
-                        gpu.copy_gmem_to_smem(a_ref.at[pl.ds(row, ROWS), depth], a_parts.at[stage], arrived)
-                        gpu.copy_gmem_to_smem(b_ref.at[pl.ds(column, columns), depth], b_parts.at[stage], arrived)
+                        a_part, b_part = a_ref.at[pl.ds(row, ROWS), depth], b_ref.at[pl.ds(column, columns), depth]
+                        ring.fetch(tile * steps + i, a_part, b_part, side)
 
                         if (source := extra_ref) is None:
                             return
@@ -226,11 +219,6 @@ def _launch(
             def _multiply():
                 gpu.set_max_registers(232, action="increase")
 
-                def release(count):
-                    @pl.when(count + stages < count_tiles * steps)
-                    def _():
-                        gpu.barrier_arrive(used.at[jax.lax.rem(count, stages)])
-
                 @pl.loop(0, jax.lax.div(count_tiles - group + 1, 2))
                 def _tile(pair):
                     tile = 2 * pair + group
@@ -240,28 +228,12 @@ def _launch(
                     def _():
                         gpu.barrier_wait(turn.at[group])
 
-                    def sums(total):
-                        @pl.loop(0, steps)
-                        def _step(i):
-                            count = tile * steps + i
-                            stage = jax.lax.rem(count, stages)
-                            gpu.barrier_wait(fetched.at[group * stages + stage])
-                            gpu.wgmma(total, a_parts.at[stage], b_parts.at[stage].transpose((1, 0)))
-                            gpu.wgmma_wait(1)
-
-                            @pl.when(i > 0)
-                            def _():
-                                release(count - 1)
-
+                    def pass_on():
                         @pl.when(tile + 1 < count_tiles)
                         def _():
                             gpu.barrier_arrive(turn.at[1 - group])
 
-                        done = total[...]
-                        release((tile + 1) * steps - 1)
-                        return done
-
-                    total = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
+                    total = ring.multiply(tile * steps, steps, side=group, end=pass_on)
                     if extra_ref is not None:
                         gpu.barrier_wait(extra_fetched.at[group])
                     for j in range(parts):
