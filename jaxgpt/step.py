@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxgpt.config import Parts
-from jaxgpt.models import ModelConfig, Params, abstract_params, bind, init_params, roles
+from jaxgpt.models import ModelConfig, Params, Role, abstract_params, bind, init_params, roles
 from jaxgpt.optim import keeps_finite, learning_rate, make_optimizer
 from jaxgpt.sharding import (
     BATCH_AXES,
@@ -81,7 +81,7 @@ class Spikes(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds: with the config, the whole future of a run follows from it.
+    """All that a run carries from step to step: with the config, its whole future follows from it.
 
     A field that is None takes no part in a run; one that has come to a run later is made when an older checkpoint is
     restored (`OPTIONAL`).
@@ -94,6 +94,19 @@ class TrainState(NamedTuple):
     bad_steps: Int[Array, ""]  # dropped steps in a row
     spikes: Spikes
     average: Params | None = None  # of the parameters, exponentially weighted, where average_decay asks for it
+    rounded: Params | None = None  # matrices as a step multiplies them (`rounded_matrices`); no checkpoint holds them
+
+    @property
+    def saved(self) -> "TrainState":
+        """What a checkpoint holds: all but what follows from it."""
+        return self._replace(rounded=None)
+
+    @property
+    def multiplied(self) -> Params:
+        """The parameters that a step computes with: rounded where they will be, without reading them in float32."""
+        if self.rounded is None:
+            return self.params
+        return jax.tree.map(lambda x, rounded: x if rounded is None else rounded, self.params, self.rounded)
 
     @property
     def best_params(self) -> Params:
@@ -122,7 +135,23 @@ def init_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainS
         bad_steps=zero,
         spikes=Spikes.create(),
         average=jax.tree.map(jnp.copy, params) if parts.optimizer.average_decay else None,
+        rounded=rounded_matrices(parts, params),
     )
+
+
+def rounded_matrices(parts: Parts, params: Params) -> Params | None:
+    """Matrices in the computation's dtype, None in place of all else; None for a computation in float32 or FP8.
+
+    A step that rounds them while it updates them reads 4 bytes of each element less.
+    """
+    model = parts.model
+    if model.dtype == "float32" or parts.devices.matmul_dtype == "fp8":
+        return None
+
+    def rounded(role: Role, x):
+        return x.astype(model.dtype) if role.group == "matrix" and not role.float32 else None
+
+    return jax.tree.map(rounded, roles(model, params), params)
 
 
 @lru_cache(maxsize=8)  # a start asks for it three times
@@ -142,13 +171,15 @@ def create_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> Trai
     return make() if params is None else make(params)
 
 
-def complete_state(state: TrainState, abstract: TrainState) -> TrainState:
-    """A restored state with the OPTIONAL fields that its checkpoint lacked: an average begins at the parameters."""
-    if abstract.average is None or state.average is not None:
-        return state
-    shardings = jax.tree.map(lambda x: x.sharding, abstract.average)
-    copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)
-    return state._replace(average=copy(state.params))
+def complete_state(parts: Parts, state: TrainState, abstract: TrainState) -> TrainState:
+    """A restored state with what its checkpoint lacked: an average begins at the parameters."""
+    makers = {"average": partial(jax.tree.map, jnp.copy), "rounded": partial(rounded_matrices, parts)}
+    for name, make in makers.items():
+        wanted = getattr(abstract, name)
+        if wanted is not None and getattr(state, name) is None:
+            shardings = jax.tree.map(lambda x: x.sharding, wanted)
+            state = state._replace(**{name: jax.jit(make, out_shardings=shardings)(state.params)})
+    return state
 
 
 def begin_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> "Future[TrainState]":
@@ -246,7 +277,7 @@ def updates_by_sum(
     loss_and_gradients: Callable, optimizer: optax.GradientTransformationExtraArgs, state: TrainState, seeds, tokens
 ) -> tuple[Array, Any, Any]:
     """Loss, updates and the optimizer's next state, from gradients summed over micro-steps before one mean."""
-    loss, grads = loss_and_gradients(state.params, state.loss_scale.scale, seeds, tokens)
+    loss, grads = loss_and_gradients(state.multiplied, state.loss_scale.scale, seeds, tokens)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     return loss, updates, opt_state
 
@@ -262,7 +293,7 @@ def updates_by_multisteps(
         multi_state, _, total = carry
         seed, micro_tokens = xs
         seed = None if seed is None else seed[None]
-        loss, grads = loss_and_gradients(state.params, state.loss_scale.scale, seed, micro_tokens[None])
+        loss, grads = loss_and_gradients(state.multiplied, state.loss_scale.scale, seed, micro_tokens[None])
         updates, multi_state = accumulating.update(grads, multi_state, state.params, step=state.step)
         return (multi_state, updates, total + loss), None
 
@@ -316,14 +347,16 @@ def make_train_step(
         if average is not None:
             average = optax.incremental_update(params, average, 1 - config.average_decay)
         keep = partial(jax.tree.map, partial(jnp.where, good))
+        params = keep(params, state.params)
         new = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
+            params=params,
             opt_state=keep(opt_state, state.opt_state),
             loss_scale=state.loss_scale.next(finite, model.dtype),
             bad_steps=jnp.where(good, 0, state.bad_steps + 1),
             spikes=spikes,
             average=keep(average, state.average),
+            rounded=rounded_matrices(parts, params),
         )
         lr = learning_rate(config, state.step)
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": new.bad_steps, "finite": finite}

@@ -161,8 +161,8 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             identity = run_id(run) or secrets.token_hex(8)
             checkpoints.begin(lock, identity)
             if not resume:
-                checkpoints.check_room(abstract)
-            state, info, step = checkpoints.restore(abstract, optional=OPTIONAL) if resume else (abstract, {}, 0)
+                checkpoints.check_room(abstract.saved)
+            state, info, step = checkpoints.restore(abstract.saved, optional=OPTIONAL) if resume else (abstract, {}, 0)
             progress = Progress(**{key: info[key] for key in Progress._fields if key in info})
             flops = data.tokens_per_step * parts.model.flops_per_token(abstract.params)
             k = choose_steps_per_call(config, step, flops)
@@ -172,7 +172,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             # beside the compilation: beside the tracing it would wait for the same interpreter
             making = None if resume else begin_state(parts, mesh, weights and weights.params)
             train_step = compile_step(lowered, parts, mesh, abstract)
-            state = making.result() if making else complete_state(state, abstract)
+            state = making.result() if making else complete_state(parts, state, abstract)
             checkpoints.check_replicas(state, step)
             lines = write_run_files(run, data, step, evaluated=progress.evaluated == step)
             if lines < progress.metrics_lines:
@@ -198,7 +198,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
         def save(last: bool = False) -> None:
             log.flush()
             record = progress.record(step, samples=data.samples(step), metrics_lines=reporter.lines)
-            checkpoints.save(step, state, record, last=last)
+            checkpoints.save(step, state.saved, record, last=last)
 
         while True:
             if (step % config.eval_interval == 0 or step == config.max_iters) and progress.evaluated != step:

@@ -1,5 +1,6 @@
 """The compiled training step: accumulation, dropped updates, loss scaling, dropout, and what a call leaves behind."""
 
+import dataclasses
 import functools
 import math
 
@@ -13,15 +14,18 @@ from jax.sharding import AxisType
 import jaxgpt.step
 from jaxgpt import UserError
 from jaxgpt.config import resolve
-from jaxgpt.sharding import AXES
+from jaxgpt.models import abstract_params
+from jaxgpt.sharding import AXES, make_mesh
 from jaxgpt.step import (
     LossScale,
     abstract_state,
+    complete_state,
     create_state,
     loss_fn,
     make_eval_step,
     make_train_step,
     random_key,
+    rounded_matrices,
 )
 
 VOCAB = 27
@@ -199,7 +203,9 @@ def test_a_bad_loss_changes_nothing(poisonable, dtype, value):
     state = poisonable(dtype).state()
     spoilt = jax.tree.map(jnp.copy, state.params)
     spoilt["h"][0]["mlp"]["c_fc"]["kernel"] = spoilt["h"][0]["mlp"]["c_fc"]["kernel"].at[3, 5].set(value)
-    state = state._replace(params=jax.device_put(spoilt, jax.tree.map(lambda x: x.sharding, state.params)))
+    spoilt = jax.device_put(spoilt, jax.tree.map(lambda x: x.sharding, state.params))
+    s = poisonable(dtype)
+    state = complete_state(s.parts, state._replace(params=spoilt, rounded=None), abstract_state(s.parts, s.mesh))
     before = bits((state.params, state.opt_state))
     state, metrics = poisonable(dtype).step(state, *good_and_bad(None))
     assert not np.isfinite(metrics["loss"]).any()
@@ -270,6 +276,39 @@ def test_the_state_around_given_parameters(setup):
     state = create_state(s.parts, s.mesh, params)
     assert bits(state.params) == wanted
     assert bits(state.opt_state) == bits(s.state().opt_state) and int(state.step) == 0
+
+
+def test_matrices_are_rounded_as_they_are_updated(tiny_config, monkeypatch):
+    """To the bit as where each step rounds them itself; and a restored state rounds as one that was carried."""
+    config = tiny_config(dtype="bfloat16", mesh_fsdp=2, average_decay=0.9, bias=True, spike_threshold=3.0)
+    mesh, tokens = make_mesh(1, 2, 1, devices=jax.devices()[:2]), random_tokens(3, 2, 2, 17)
+    s = Setup(config, mesh)
+    state, _ = s.run(tokens)
+    rounded = jax.tree.leaves(state.rounded)
+    assert len(rounded) == 4 * config.n_layer and {x.dtype for x in rounded} == {jnp.dtype("bfloat16")}
+    assert bits(rounded_matrices(s.parts, state.params)) == bits(rounded)
+    restored = state.saved._replace(average=None)
+    assert restored.rounded is None
+    restored = complete_state(s.parts, restored, abstract_state(s.parts, mesh))
+    assert bits(restored.rounded) == bits(rounded) and bits(restored.average) == bits(state.params)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+
+    abstract_state.cache_clear()
+    monkeypatch.setattr(jaxgpt.step, "rounded_matrices", lambda parts, params: None)
+    plain, _ = Setup(config, mesh).run(tokens)
+    abstract_state.cache_clear()
+    assert plain.rounded is None and bits(plain) == bits(state.saved)
+
+
+def test_nothing_is_rounded_in_float32_or_fp8(setup):
+    parts = setup().parts
+    params = abstract_params(parts.model)
+    assert rounded_matrices(parts, params) is None
+    parts = parts._replace(
+        model=dataclasses.replace(parts.model, dtype="bfloat16"),
+        devices=dataclasses.replace(parts.devices, matmul_dtype="fp8"),
+    )
+    assert rounded_matrices(parts, params) is None
 
 
 def test_seeds_and_purposes_draw_different_numbers(tiny_config, mesh):

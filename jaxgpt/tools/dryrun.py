@@ -143,7 +143,7 @@ def take_as_supported(config: ConfigDict, gpu: slices.Name, mesh: Mesh) -> None:
 def estimated_need(mesh: Mesh, parts: Parts) -> Need:
     """What a step takes by arithmetic."""
     temporaries = step_bytes(parts, mesh, count_params(parts.model, abstract_params(parts.model), all=True))
-    return Need(bytes_per_device(abstract_state(parts, mesh)), int(temporaries))
+    return Need(bytes_per_device(abstract_state(parts, mesh).saved), int(temporaries))
 
 
 def report(

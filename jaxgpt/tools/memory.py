@@ -196,7 +196,7 @@ def choose_batch(
     if not found:
         raise refused or AssertionError
     any_parts = next(iter(found.values()))
-    state = bytes_per_device(abstract_state(any_parts, mesh))
+    state = bytes_per_device(abstract_state(any_parts, mesh).saved)
     n_params = count_params(any_parts.model, abstract_params(any_parts.model), all=True)
     estimates = {size: state + step_bytes(parts, mesh, n_params) for size, parts in found.items()}
     low, high, needs = 0, rows + 1, {}
