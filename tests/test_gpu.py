@@ -246,6 +246,15 @@ def test_sum_of_products(m, k, n, count, dtype):
     assert_alike(fan_out.sum_of_products(xs, w), total.astype(dtype), ROUNDING[dtype])
 
 
+@pytest.mark.skipif(not fan_out.supports(256, 64, 128, BF16), reason="wgmma is Hopper's")
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("m", "k", "n", "count"), [(16384, 1600, 1600, 3), (64, 128, 128, 1), (1088, 192, 320, 2)])
+def test_weight_gradients(m, k, n, count, dtype):
+    x, dys = normal(9, m, k, dtype=dtype), [normal(i, m, n, dtype=dtype, std=m**-0.5) for i in range(count)]
+    wanted = jnp.stack([jnp.matmul(x.T, dy, preferred_element_type=F32) for dy in dys], 1)
+    assert_alike(fan_out.weight_gradients(x, dys), wanted.astype(dtype), ROUNDING[dtype])
+
+
 @pytest.mark.parametrize("batch", [1, 10, 33])
 @pytest.mark.parametrize(
     ("k", "o", "kind", "activation", "dtype"),

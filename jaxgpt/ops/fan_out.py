@@ -21,11 +21,24 @@ ROWS = 256  # of a tile of the result
 COLUMNS = 128, 160  # of such a tile: the first that divides
 STAGES = 4  # parts on their way: with the results' buffers up to 224 of a multiprocessor's 227 KiB
 PART = 32  # columns that are stored at a time
+WEIGHT_TILE = 128, 256  # of the weights' gradients
 
 
 def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether there is a kernel for the sum of (M, K) times (K, N): of 16 bits, in whole tiles, on Hopper."""
     return any(n % columns == 0 for columns in COLUMNS) and hopper.supports(m, k, dtype, rows=ROWS)
+
+
+def supports_weights(m: int, k: int, g: int, n: int) -> bool:
+    """Whether the gradients of G weights of (K, N), from M rows, are one kernel's where `supports` has that of x.
+
+    That is where one kernel takes fewer rounds of tiles than G products, which leave multiprocessors idle, and is
+    itself busy for at least four fifths of them. Smaller products cuBLAS splits in the summed dimension.
+    """
+    programs, (tile_k, tile_n) = hopper.count_programs(), WEIGHT_TILE
+    rounds = [pl.cdiv(pl.cdiv(k, tile_k) * pl.cdiv(g * n, tile_n), programs) for g in (1, g)]
+    busy = k * g * n / (tile_k * tile_n * programs * rounds[1])
+    return m % DEPTH == k % 64 == n % 64 == 0 and min(k, n) >= 128 and rounds[1] < g * rounds[0] and busy >= 0.8
 
 
 def products(
@@ -68,7 +81,11 @@ def _with_kernel(x, w):
 
 def _backward(saved, dys):
     x, w = saved
-    return sum_of_products(dys, w), jax.vjp(functools.partial(_products, (x,) * w.shape[1]), w)[1](dys)[0]
+    if supports_weights(*x.shape, w.shape[1], w.shape[2]):
+        dw = weight_gradients(x, dys)
+    else:
+        dw = jax.vjp(functools.partial(_products, (x,) * w.shape[1]), w)[1](dys)[0]
+    return sum_of_products(dys, w), dw
 
 
 _with_kernel.defvjp(lambda x, w: (_with_kernel(x, w), (x, w)), _backward)
@@ -100,7 +117,7 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
         def scope(x_parts, w_parts, results, fetched, used):
             group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(m, n, ROWS, columns)
-            ring = hopper.Ring(x_parts, w_parts, fetched, used, count_tiles * steps)
+            ring = hopper.Ring(STAGES, fetched, used, count_tiles * steps)
 
             @pl.when(group == 2)
             def _fetch():
@@ -113,12 +130,16 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
 
                         @pl.loop(0, each)
                         def _step(j, i=i, x_ref=x_ref):
-                            depth = pl.ds(j * DEPTH, DEPTH)
-                            x_part, w_part = (
-                                x_ref.at[pl.ds(row, ROWS), depth],
-                                w_ref.at[pl.ds(column, columns), i, depth],
-                            )
-                            ring.fetch(tile * steps + i * each + j, x_part, w_part)
+                            def copy(stage, fetched):
+                                depth = pl.ds(j * DEPTH, DEPTH)
+                                x_part, w_part = (
+                                    x_ref.at[pl.ds(row, ROWS), depth],
+                                    w_ref.at[pl.ds(column, columns), i, depth],
+                                )
+                                gpu.copy_gmem_to_smem(x_part, x_parts.at[stage], fetched)
+                                gpu.copy_gmem_to_smem(w_part, w_parts.at[stage], fetched)
+
+                            ring.fetch(tile * steps + i * each + j, copy)
 
             @pl.when(group < 2)
             def _multiply():
@@ -127,7 +148,12 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
                 @pl.loop(0, count_tiles)
                 def _tile(tile):
                     row, column = place(tile)
-                    total = ring.multiply(tile * steps, steps, rows=pl.ds(group * half, half))
+
+                    def factors(stage):
+                        rows = pl.ds(group * half, half)
+                        return [(x_parts.at[stage, rows], w_parts.at[stage].transpose((1, 0)))]
+
+                    (total,) = ring.multiply(tile * steps, steps, factors, (half, columns))
                     for i in range(0, columns, PART):
                         gpu.wait_smem_to_gmem(0, wait_read_only=True)
                         results[group] = total[:, i : i + PART].astype(dtype)
@@ -139,3 +165,96 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
 
     kernel.__name__ = "product_sum"
     return hopper.launch(kernel, *xs, w, out=[jax.ShapeDtypeStruct((m, n), dtype)])[0]
+
+
+@jax.jit
+def weight_gradients(x: Float[Array, "M K"], dys: Sequence[Float[Array, "M N"]]) -> Float[Array, "K G N"]:
+    """x.T @ dys[i] for each i, in their dtype, from float32.
+
+    The columns of all dys are cut into chunks of 128, of which a tile has two. Where 128 does not divide, a last tile
+    or chunk begins 64 sooner, and what the one before it has as well is not stored.
+    """
+    from jax.experimental.pallas import mosaic_gpu as gpu  # 0.2 s, for those who need it
+
+    (m, k), n, count, dtype = x.shape, dys[0].shape[1], len(dys), x.dtype
+    rows, chunk, half, steps = WEIGHT_TILE[0], WEIGHT_TILE[1] // 2, WEIGHT_TILE[0] // 2, m // DEPTH
+    chunks = pl.cdiv(n, chunk)  # of one dy
+
+    def kernel(x_ref, *refs):
+        *dy_refs, out_ref = refs
+
+        @functools.partial(
+            pl.run_scoped,
+            x_parts=shared(dtype, STAGES, 2, DEPTH, half),
+            dy_parts=shared(dtype, STAGES, 2, DEPTH, chunk),
+            results=shared(dtype, 2, half, half),
+            fetched=gpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+            used=gpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            collective_axes="group",
+        )
+        def scope(x_parts, dy_parts, results, fetched, used):
+            group = jax.lax.axis_index("group")
+            count_tiles, place = hopper.tiles(k, count * chunks, rows, 2)
+            ring = hopper.Ring(STAGES, fetched, used, count_tiles * steps)
+
+            def find(chunk_number):
+                """The dy that a chunk is of, its column there, and the first one that is its alone."""
+                first = jax.lax.rem(chunk_number, chunks) * chunk
+                return jax.lax.div(chunk_number, chunks), jnp.minimum(first, n - chunk), first
+
+            @pl.when(group == 2)
+            def _fetch():
+                gpu.set_max_registers(40, action="decrease")
+
+                @pl.loop(0, count_tiles)
+                def _tile(tile):
+                    first, number = place(tile)
+                    row = jnp.minimum(first, k - rows)
+                    found = [find(jnp.minimum(number + j, count * chunks - 1)) for j in range(2)]
+
+                    @pl.loop(0, steps)
+                    def _step(i):
+                        def copy(stage, fetched):
+                            depth = pl.ds(i * DEPTH, DEPTH)
+                            for j, (which, column, _) in enumerate(found):
+                                x_part = x_ref.at[depth, pl.ds(row + j * half, half)]
+                                gpu.copy_gmem_to_smem(x_part, x_parts.at[stage, j], fetched)
+                                for dy, dy_ref in enumerate(dy_refs):
+
+                                    @pl.when(which == dy)
+                                    def _(j=j, dy_ref=dy_ref, column=column):
+                                        dy_part = dy_ref.at[depth, pl.ds(column, chunk)]
+                                        gpu.copy_gmem_to_smem(dy_part, dy_parts.at[stage, j], fetched)
+
+                        ring.fetch(tile * steps + i, copy)
+
+            @pl.when(group < 2)
+            def _multiply():
+                gpu.set_max_registers(232, action="increase")
+
+                @pl.loop(0, count_tiles)
+                def _tile(tile):
+                    first_row, number = place(tile)
+                    row = jnp.minimum(first_row, k - rows) + group * half
+
+                    def factors(stage):
+                        x_part = x_parts.at[stage, group].transpose((1, 0))
+                        return [(x_part, dy_parts.at[stage, j]) for j in range(2)]
+
+                    totals = ring.multiply(tile * steps, steps, factors, (half, chunk), (half, chunk))
+                    for j, total in enumerate(totals):
+                        which, column, first = find(number + j)
+                        for i in range(0, chunk, half):
+                            gpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            results[group] = total[:, i : i + half].astype(dtype)
+                            gpu.commit_smem()
+
+                            @pl.when((which < count) & (row >= first_row) & (column + i >= first))
+                            def _(which=which, column=column, i=i):
+                                to = out_ref.at[pl.ds(row, half), which, pl.ds(column + i, half)]
+                                gpu.copy_smem_to_gmem(results.at[group], to)
+
+                gpu.wait_smem_to_gmem(0)
+
+    kernel.__name__ = "weight_gradients"
+    return hopper.launch(kernel, x, *dys, out=[jax.ShapeDtypeStruct((k, count, n), dtype)])[0]

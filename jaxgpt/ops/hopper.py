@@ -41,18 +41,18 @@ def count_programs() -> int:
 
 
 def shared(dtype: jax.typing.DTypeLike, *shape: int) -> Any:
-    """Shared memory for arrays whose rows are as wide as the swizzle."""
+    """Shared memory for arrays of 16 bits whose rows are as wide as the swizzle, or a multiple of its 128 bytes."""
     from jax.experimental.pallas import mosaic_gpu as gpu  # 0.2 s, for those who need it
 
-    layout = gpu.TilingTransform((8, shape[-1])), gpu.SwizzleTransform(2 * shape[-1])
-    return gpu.SMEM(shape, dtype, transforms=layout)
+    width = min(shape[-1], 64)
+    return gpu.SMEM(shape, dtype, transforms=(gpu.TilingTransform((8, width)), gpu.SwizzleTransform(2 * width)))
 
 
 def tiles(m: int, n: int, rows: int, columns: int) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
     """How many tiles of an (M, N) matrix are this program's, and the row and column where one of them begins."""
     from jax.experimental.pallas import mosaic_gpu as gpu
 
-    program, programs, across = jax.lax.axis_index("program"), count_programs(), (m // rows, n // columns)
+    program, programs, across = jax.lax.axis_index("program"), count_programs(), (pl.cdiv(m, rows), pl.cdiv(n, columns))
 
     def place(tile):
         row, column = gpu.planar_snake(program + tile * programs, across, 0, BAND)
@@ -62,72 +62,71 @@ def tiles(m: int, n: int, rows: int, columns: int) -> tuple[Array, Callable[[Arr
 
 
 class Ring(NamedTuple):
-    """A ring of stages: parts of two matrices that one warpgroup fetches and others multiply, `steps` in all."""
+    """A ring of stages in shared memory: parts of matrices that one warpgroup fetches and others multiply."""
 
-    a: Any  # references to shared memory: (stages, rows, DEPTH)
-    b: Any  # (stages, columns, DEPTH)
+    stages: int
     fetched: Any  # a barrier for each stage, or for each of each side's
     used: Any  # a barrier for each stage
-    steps: Array
+    steps: Array  # in all: each fills one stage
 
-    def fetch(self, step: Array, a: Any, b: Any, side: Array | None = None) -> None:
-        """Begins to fetch a step's parts, once those before them in the same stage are used."""
+    def fetch(self, step: Array, copy: Callable[[Array, Any], None], side: Array | None = None) -> None:
+        """copy(stage, barrier) begins to fetch a step's parts, once those before them in the same stage are used."""
         from jax.experimental.pallas import mosaic_gpu as gpu
 
-        stage = jax.lax.rem(step, self.a.shape[0])
-        arrived = self._fetched(stage, side)
+        stage = jax.lax.rem(step, self.stages)
 
-        @pl.when(step >= self.a.shape[0])
+        @pl.when(step >= self.stages)
         def _():
             gpu.barrier_wait(self.used.at[stage])
 
-        gpu.copy_gmem_to_smem(a, self.a.at[stage], arrived)
-        gpu.copy_gmem_to_smem(b, self.b.at[stage], arrived)
+        copy(stage, self._fetched(stage, side))
 
     def multiply(
-        self, first: Array, count: int, *, rows: Any = None, side: Array | None = None, end: Callable = lambda: None
-    ) -> Float[Array, "R N"]:
-        """The sum of a[rows] @ b.T over `count` steps from `first` on, in float32. rows: a `pl.ds`, by default all.
+        self,
+        first: Array,
+        count: int,
+        factors: Callable[[Array], Sequence[tuple[Any, Any]]],
+        *shapes: tuple[int, int],
+        side: Array | None = None,
+        end: Callable = lambda: None,
+    ) -> Sequence[Float[Array, "R N"]]:
+        """For each of `shapes` the sum of a @ b over `count` steps from `first` on, in float32.
 
-        side: the warpgroup, where they take turns and so have fetched-barriers of their own. end(): called once the
-        last product has begun.
+        factors(stage): a and b of each sum, (R, DEPTH) and (DEPTH, N). side: the warpgroup, where they take turns and
+        so have fetched-barriers of their own. end(): called once the last product has begun.
         """
         from jax.experimental.pallas import mosaic_gpu as gpu
 
-        def sums(total):
+        def sums(*totals):
             @pl.loop(0, count)
             def _step(i):
                 step = first + i
-                stage = jax.lax.rem(step, self.a.shape[0])
+                stage = jax.lax.rem(step, self.stages)
                 gpu.barrier_wait(self._fetched(stage, side))
-                gpu.wgmma(
-                    total,
-                    self.a.at[stage] if rows is None else self.a.at[stage, rows],
-                    self.b.at[stage].transpose((1, 0)),
-                )
-                gpu.wgmma_wait(1)
+                for total, (a, b) in zip(totals, factors(stage), strict=True):
+                    gpu.wgmma(total, a, b)
+                gpu.wgmma_wait(len(totals))
 
                 @pl.when(i > 0)
                 def _():
                     self._release(step - 1)
 
             end()
-            done = total[...]
+            done = [total[...] for total in totals]
             self._release(first + count - 1)
             return done
 
-        shape = self.a.shape[1] if rows is None else rows.size, self.b.shape[1]
-        return pl.run_scoped(sums, gpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        return pl.run_scoped(sums, *(gpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes))
 
     def _fetched(self, stage, side):
-        return self.fetched.at[stage if side is None else side * self.a.shape[0] + stage]
+        return self.fetched.at[stage if side is None else side * self.stages + stage]
 
     def _release(self, step):
         from jax.experimental.pallas import mosaic_gpu as gpu
 
-        @pl.when(step + self.a.shape[0] < self.steps)
+        @pl.when(step + self.stages < self.steps)
         def _():
-            gpu.barrier_arrive(self.used.at[jax.lax.rem(step, self.a.shape[0])])
+            gpu.barrier_arrive(self.used.at[jax.lax.rem(step, self.stages)])
 
 
 def launch(kernel: Callable[..., None], *args: Array, out: Sequence[jax.ShapeDtypeStruct]) -> Sequence[Array]:

@@ -184,7 +184,7 @@ def _launch(
         def scope(a_parts, b_parts, elements, fetched, used, extra_fetched, stored, turn):
             group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(m, n, ROWS, columns)
-            ring = hopper.Ring(a_parts, b_parts, fetched, used, count_tiles * steps)
+            ring = hopper.Ring(stages, fetched, used, count_tiles * steps)
 
             @pl.when(group == 2)
             def _fetch():
@@ -197,9 +197,12 @@ def _launch(
 
                     @pl.loop(0, steps)
                     def _step(i):
-                        depth = pl.ds(i * DEPTH, DEPTH)
-                        a_part, b_part = a_ref.at[pl.ds(row, ROWS), depth], b_ref.at[pl.ds(column, columns), depth]
-                        ring.fetch(tile * steps + i, a_part, b_part, side)
+                        def copy(stage, fetched):
+                            depth = pl.ds(i * DEPTH, DEPTH)
+                            gpu.copy_gmem_to_smem(a_ref.at[pl.ds(row, ROWS), depth], a_parts.at[stage], fetched)
+                            gpu.copy_gmem_to_smem(b_ref.at[pl.ds(column, columns), depth], b_parts.at[stage], fetched)
+
+                        ring.fetch(tile * steps + i, copy, side)
 
                         if (source := extra_ref) is None:
                             return
@@ -233,7 +236,10 @@ def _launch(
                         def _():
                             gpu.barrier_arrive(turn.at[1 - group])
 
-                    total = ring.multiply(tile * steps, steps, side=group, end=pass_on)
+                    def factors(stage):
+                        return [(a_parts.at[stage], b_parts.at[stage].transpose((1, 0)))]
+
+                    (total,) = ring.multiply(tile * steps, steps, factors, (ROWS, columns), side=group, end=pass_on)
                     if extra_ref is not None:
                         gpu.barrier_wait(extra_fetched.at[group])
                     for j in range(parts):
