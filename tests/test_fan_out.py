@@ -46,8 +46,8 @@ def test_kernel_of_the_weights(m, k, n, count, dtype):
 def test_the_weights_have_a_kernel_where_products_one_by_one_leave_multiprocessors_idle(monkeypatch):
     monkeypatch.setattr(hopper, "count_programs", lambda: 132)
     for width, kernel in {768: False, 1024: False, 1280: False, 1536: True, 1600: True, 2048: False}.items():
-        assert fan_out.supports_weights(16384, width, 3, width) == kernel
-    assert not fan_out.supports_weights(16384 + 32, 1600, 3, 1600)
+        assert fan_out.supports_weights(16384, (width, 3, width)) == kernel
+    assert not fan_out.supports_weights(16384 + 32, (1600, 3, 1600))
 
 
 def test_where_there_is_a_kernel(monkeypatch):

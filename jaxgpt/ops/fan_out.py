@@ -2,7 +2,8 @@
 
 The compiler has cuBLAS add each product to the last one's result, which is written and read again in between. The
 kernel, of Pallas' Mosaic backend, keeps a tile's sums in registers through all of them: two warpgroups multiply half of
-its rows each, and a third fetches what both need.
+its rows each, and a third fetches what both need. The several weights' gradients are another such kernel, where cuBLAS,
+one by one, would leave multiprocessors idle.
 """
 
 import functools
@@ -29,13 +30,13 @@ def supports(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
     return any(n % columns == 0 for columns in COLUMNS) and hopper.supports(m, k, dtype, rows=ROWS)
 
 
-def supports_weights(m: int, k: int, g: int, n: int) -> bool:
-    """Whether the gradients of G weights of (K, N), from M rows, are one kernel's where `supports` has that of x.
+def supports_weights(m: int, shape: tuple[int, ...]) -> bool:
+    """Whether the gradient of weights of this shape, (K, G, N), from M rows is one kernel's if that of x is one's.
 
     That is where one kernel takes fewer rounds of tiles than G products, which leave multiprocessors idle, and is
     itself busy for at least four fifths of them. Smaller products cuBLAS splits in the summed dimension.
     """
-    programs, (tile_k, tile_n) = hopper.count_programs(), WEIGHT_TILE
+    (k, g, n), (tile_k, tile_n), programs = shape, WEIGHT_TILE, hopper.count_programs()
     rounds = [pl.cdiv(pl.cdiv(k, tile_k) * pl.cdiv(g * n, tile_n), programs) for g in (1, g)]
     busy = k * g * n / (tile_k * tile_n * programs * rounds[1])
     return m % DEPTH == k % 64 == n % 64 == 0 and min(k, n) >= 128 and rounds[1] < g * rounds[0] and busy >= 0.8
@@ -81,7 +82,7 @@ def _with_kernel(x, w):
 
 def _backward(saved, dys):
     x, w = saved
-    if supports_weights(*x.shape, w.shape[1], w.shape[2]):
+    if supports_weights(x.shape[0], w.shape):
         dw = weight_gradients(x, dys)
     else:
         dw = jax.vjp(functools.partial(_products, (x,) * w.shape[1]), w)[1](dys)[0]
@@ -210,13 +211,13 @@ def weight_gradients(x: Float[Array, "M K"], dys: Sequence[Float[Array, "M N"]])
                 def _tile(tile):
                     first, number = place(tile)
                     row = jnp.minimum(first, k - rows)
-                    found = [find(jnp.minimum(number + j, count * chunks - 1)) for j in range(2)]
+                    found = [find(jnp.minimum(number + j, count * chunks - 1))[:2] for j in range(2)]
 
                     @pl.loop(0, steps)
                     def _step(i):
                         def copy(stage, fetched):
                             depth = pl.ds(i * DEPTH, DEPTH)
-                            for j, (which, column, _) in enumerate(found):
+                            for j, (which, column) in enumerate(found):
                                 x_part = x_ref.at[depth, pl.ds(row + j * half, half)]
                                 gpu.copy_gmem_to_smem(x_part, x_parts.at[stage, j], fetched)
                                 for dy, dy_ref in enumerate(dy_refs):

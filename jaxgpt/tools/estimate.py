@@ -8,7 +8,7 @@ from jaxgpt.sharding import data_shards
 
 
 def step_bytes(parts: Parts, mesh: Mesh | AbstractMesh, n_params: int) -> float:
-    """About what a step needs on a device besides what is saved, with kernels and fused attention, which keep no scores.
+    """About what a step needs on a device besides what is saved, with kernels and attention that keep no scores.
 
     A token leaves 16 vectors of n_embd for the backward pass in each block: 2 inputs and 2 outputs of normalization, q,
     k, v, the output of attention, 4 + 4 around GELU; with remat 2 and one block's 16; and its logits. Besides: the
