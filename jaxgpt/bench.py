@@ -22,10 +22,11 @@ from jaxgpt.metrics import Stopwatch, environment, peak_memory_gib, when_done
 from jaxgpt.models import count_params, init_params
 from jaxgpt.run.processes import Processes
 from jaxgpt.sharding import begin_devices, configure_jax, configured_mesh
-from jaxgpt.step import abstract_state, begin_state, make_train_step
+from jaxgpt.step import abstract_state, begin_state
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
-from jaxgpt.tools.memory import choose_batch, compile_step, limit_of, smallest_batch
+from jaxgpt.tools.memory import choose_batch, limit_of, smallest_batch
 from jaxgpt.tools.profile import least_work, profile_table
+from jaxgpt.tools.programs import prepare_step
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,13 +70,9 @@ def bench_train(config: ConfigDict, steps: int, profile: bool, begin: float) -> 
         data = data.resized(take(DataConfig, config))
     parts = resolve(config, mesh, data.vocab_size, data.meta.eot)
     abstract = abstract_state(parts, mesh)
-    begin_trace = time.perf_counter()
-    lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch())
-    lowered_at = time.perf_counter()
-    making = begin_state(parts, mesh)
-    train_step = compile_step(lowered, parts, mesh, abstract)
-    compiled_at = time.perf_counter()
-    state, metrics = train_step(making.result(), data.batch(0))
+    prepared = prepare_step(parts, mesh, abstract, data.abstract_batch(), lambda: begin_state(parts, mesh))
+    train_step = prepared.run
+    state, metrics = train_step(prepared.beside.result(), data.batch(0))
     loss_first = float(metrics["loss"][-1])
     first_step_s = time.perf_counter() - begin
 
@@ -101,8 +98,8 @@ def bench_train(config: ConfigDict, steps: int, profile: bool, begin: float) -> 
         "mfu": round(speed["mfu"], 4) if "mfu" in speed else None,  # nanoGPT's
         "mfu_strict": round(speed["mfu"] * strict, 4) if "mfu" in speed else None,  # what the causal mask leaves
         "peak_gib": round(peak_memory_gib(), 2),
-        "trace_s": round(lowered_at - begin_trace, 1),
-        "compile_s": round(compiled_at - lowered_at, 1),
+        "trace_s": round(prepared.trace_s, 1),
+        "compile_s": round(prepared.compile_s, 1),
         "first_step_s": round(first_step_s, 1),
         "loss_first": loss_first,
         "loss_last": loss,

@@ -40,11 +40,12 @@ from jaxgpt.scoring.evaluation import Evaluation
 from jaxgpt.scoring.samples import Samples
 from jaxgpt.scoring.tasks import parse_tasks
 from jaxgpt.sharding import begin_devices, configure_jax, configured_mesh
-from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state, make_train_step
+from jaxgpt.step import OPTIONAL, TrainState, abstract_state, begin_state, complete_state, create_state
 from jaxgpt.store import AnyPath
 from jaxgpt.tokenizer import check_same_language, corpus_meta
 from jaxgpt.tools.dryrun import dry_run
-from jaxgpt.tools.memory import choose_batch, compile_step, limit_of, smallest_batch
+from jaxgpt.tools.memory import choose_batch, limit_of, smallest_batch
+from jaxgpt.tools.programs import prepare_step
 from jaxgpt.trackers import check_trackers
 from jaxgpt.weights.opening import OpenedModel, check_data, open_data, open_weights
 
@@ -167,11 +168,12 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             flops = data.tokens_per_step * parts.model.flops_per_token(abstract.params)
             k = choose_steps_per_call(config, step, flops)
             data.begin(step, progress.samples)
-            with paths.watch() as taken:
-                lowered = make_train_step(parts, mesh).lower(abstract, data.abstract_batch(k))
-            # beside the compilation: beside the tracing it would wait for the same interpreter
-            making = None if resume else begin_state(parts, mesh, weights and weights.params)
-            train_step = compile_step(lowered, parts, mesh, abstract)
+
+            def begin() -> Any:
+                return None if resume else begin_state(parts, mesh, weights and weights.params)
+
+            prepared = prepare_step(parts, mesh, abstract, data.abstract_batch(k), begin)
+            train_step, making = prepared.run, prepared.beside
             state = making.result() if making else complete_state(parts, state, abstract)
             checkpoints.check_replicas(state, step)
             lines = write_run_files(run, data, step, evaluated=progress.evaluated == step)
@@ -190,7 +192,7 @@ def train(config: ConfigDict, given: Mapping[str, Any] | None = None) -> guard.E
             agree("compiled", {})
             write_config(run, config, data, identity)
         batches = opened.enter_context(prefetch(lambda n: data.batch(n * k, k), step // k, config.max_iters // k))
-        reporter.say("\n".join([*describe(parts, mesh, data, abstract, step, taken), *changes]))
+        reporter.say("\n".join([*describe(parts, mesh, data, abstract, step, prepared.paths), *changes]))
         reporter.event(step, "resumed" if resume else "started", ", ".join(changes))
         checkpoints.before_commit, checkpoints.on_save = reporter.sync, reporter.saved
         log = StepLog(config, reporter, Stopwatch(flops, data.tokens_per_step))

@@ -21,6 +21,7 @@ from jaxgpt.models import Role
 from jaxgpt.optim import OptimizerConfig, make_optimizer
 from jaxgpt.scoring import evaluation
 from jaxgpt.sharding import make_mesh
+from jaxgpt.tools import programs
 
 CPU = f"{Path(__file__).parents[1] / 'configs' / 'shakespeare_char.py'}:cpu"
 SMALL = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.2, batch_size=1, gradient_accumulation_steps=8)
@@ -52,7 +53,7 @@ def compiled_once():
         return parts.model, optimizer, parts.data.seed, parts.devices.matmul_dtype, mesh
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_train_step", once(train.make_train_step, of_training))
+        patch.setattr(programs, "make_train_step", once(programs.make_train_step, of_training))
         patch.setattr(evaluation, "make_eval_step", once(evaluation.make_eval_step, lambda *arguments: arguments))
         yield
 

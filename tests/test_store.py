@@ -479,7 +479,7 @@ def test_a_run_goes_on_while_its_store_is_away(proxy, out, quick, tiny_config, c
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bad_input_is_one_line_before_anything_is_compiled(servers, scheme, tiny_config, monkeypatch, quick):
-    monkeypatch.setattr("jaxgpt.train.make_train_step", None)
+    monkeypatch.setattr("jaxgpt.tools.programs.make_train_step", None)
     servers[scheme].fault = lambda method, path: None
     with pytest.raises((UserError, OSError)) as error:
         train(tiny_config(out_dir=f"{scheme}://no-such-bucket/run"))

@@ -49,20 +49,17 @@ def limit_of_kind(kind: Any) -> int | None:
     return None if gib is None else int(share * gib * 2**30)
 
 
+def abstract_tokens(parts: Parts, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The batch of a call that takes one optimizer step."""
+    data, shards = parts.data, data_shards(mesh)
+    shape = 1, data.gradient_accumulation_steps // shards, data.batch_size * shards, parts.model.block_size + 1
+    sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, None))
+    return jax.ShapeDtypeStruct(shape, token_dtype(parts.model.vocab_size), sharding=sharding)
+
+
 def lower_step(parts: Parts, mesh: Mesh, state: TrainState) -> Any:
     """The step on abstract arguments, for one optimizer step a call. state: step.abstract_state."""
-    shards = data_shards(mesh)
-    tokens = jax.ShapeDtypeStruct(
-        (
-            1,
-            parts.data.gradient_accumulation_steps // shards,
-            parts.data.batch_size * shards,
-            parts.model.block_size + 1,
-        ),
-        token_dtype(parts.model.vocab_size),
-        sharding=NamedSharding(mesh, P(None, None, BATCH_AXES, None)),
-    )
-    return make_train_step(parts, mesh).lower(state, tokens)
+    return make_train_step(parts, mesh).lower(state, abstract_tokens(parts, mesh))
 
 
 def need_of(compiled: Any) -> Need | None:
@@ -99,10 +96,15 @@ def compile_step(lowered: Any, parts: Parts, mesh: Mesh, state: TrainState, limi
     does not say, as on CPUs.
     """
     compiled, need = try_compile(lowered, state)
+    check_fits(parts, mesh, compiled, need, limit)
+    return compiled
+
+
+def check_fits(parts: Parts, mesh: Mesh, compiled: Any, need: Need | None, limit: int | None = None) -> None:
+    """Raises UserError, as compile_step does, of a compiled step that needs too much; None: the compiler refused it."""
     limit = limit or (need and need.limit) or limit_of(mesh.local_devices[0])
     if need and limit and (compiled is None or need.total > limit):
         raise out_of_memory(parts, mesh, need, limit)
-    return compiled
 
 
 def out_of_memory(parts: Parts, mesh: Mesh, need: Need, limit: int) -> UserError:
