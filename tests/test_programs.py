@@ -1,5 +1,8 @@
 """Compiled steps that are kept: what is read is what was compiled, and another program is another file."""
 
+import sys
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -73,6 +76,7 @@ def test_a_step_that_is_read_is_the_one_compiled(folder, asked):
 
 
 def test_another_program_is_another_file(folder, asked, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("sys.argv", ["train"])
     names = set()
 
     def is_new(question):
@@ -92,6 +96,13 @@ def test_another_program_is_another_file(folder, asked, monkeypatch, tmp_path_fa
         assert is_new(asked())
     with jax.default_matmul_precision("highest"):
         assert is_new(asked())
+    with monkeypatch.context() as patch:  # a preset may register an optimizer
+        preset = tmp_path_factory.mktemp("presets") / "mine.py"
+        patch.setattr("sys.argv", ["train", f"--config={preset}:tiny"])
+        assert not is_new(asked())
+        for text in ("a = 1", "a = 2"):
+            preset.write_text(text)
+            assert is_new(asked())
     with monkeypatch.context() as patch:  # a fork's change
         package = tmp_path_factory.mktemp("package")
         (package / "step.py").write_text("other")
@@ -120,8 +131,26 @@ def test_nothing_is_kept_where_it_cannot_be(folder, asked, monkeypatch):
     (folder / "file").write_text("")
     monkeypatch.setattr(programs, "_folder", lambda: folder / "file")
     assert prepare(asked()).trace_s > 0
-    monkeypatch.undo()
-    assert programs._folder() is None  # on a CPU
+
+
+def test_where_steps_are_kept(monkeypatch):
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": types.SimpleNamespace(__spec__=None)})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert programs._folder() is None  # in a program of someone's own
+    sys.modules["__main__"].__spec__ = types.SimpleNamespace(name="jaxgpt.train")
+    folder = programs._folder()
+    assert str(folder) == jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert programs._folder() is None
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert programs._folder() is None
+
+
+def test_a_run_that_goes_on_reads_its_step_too(folder, asked):
+    """What is begun beside it is nothing then."""
+    question = asked()
+    assert programs.prepare_step(*question).trace_s > 0 == programs.prepare_step(*question).trace_s
 
 
 def test_the_paths_of_its_ops_can_be_told(folder, asked):

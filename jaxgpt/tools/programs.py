@@ -1,8 +1,9 @@
 """The compiled step: traced and compiled, or read where the very same one was compiled before.
 
 JAX's cache of compiled programs is asked with a traced program, and tracing takes a second of a start on a GPU. Here
-the question is what the program follows from: this package's files and the versions below it, the config, the devices,
-the settings of JAX and XLA. A model in a user's file may depend on anything: its step is traced each time.
+the question is what the program follows from: this package's files and the versions below it, the preset, the config,
+the devices, the settings of JAX and XLA. A model in a user's file, or a program that only uses this package, may depend
+on anything, or change anything: the step is traced each time.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from jaxgpt.ops import paths
 from jaxgpt.step import TrainState, make_train_step
 from jaxgpt.tools.memory import check_fits, compile_step, need_of
 
-KEPT = 16  # programs, of 5 to 30 MB each
+KEPT = 16  # programs; GPT-2 124M's has 2.6 MB
 SETTINGS = ("XLA_", "JAX_", "CUDA_", "CUDNN_", "NVIDIA_", "NCCL_", "TF_", "LIBTPU_")  # how variables of theirs begin
 
 
@@ -51,11 +52,13 @@ def prepare_step(
     """
     began = time.perf_counter()
     file = _file(parts, mesh, tokens)
-    begun = beside() if file and file.exists() else None
-    if begun and file and (found := _read(file, state, tokens, mesh)):
-        run, taken = found
-        check_fits(parts, mesh, run, need_of(run))
-        return Step(run, taken, begun, 0.0, time.perf_counter() - began)
+    begun = None
+    if file and file.exists():
+        begun = beside()
+        if found := _read(file, state, tokens, mesh):
+            run, taken = found
+            check_fits(parts, mesh, run, need_of(run))
+            return Step(run, taken, begun, 0.0, time.perf_counter() - began)
     with paths.watch() as taken:
         lowered = make_train_step(parts, mesh).lower(state, tokens)
     traced = time.perf_counter()
@@ -76,7 +79,10 @@ def _file(parts: Parts, mesh: Mesh, tokens: jax.ShapeDtypeStruct) -> Path | None
 
 
 def _folder() -> Path | None:
-    """JAX's own cache, on GPUs of one process: CPUs' programs are small, and several processes would have to agree."""
+    """JAX's own cache, for this package's commands on GPUs of one process: CPUs' programs are small, and several
+    processes would have to agree."""
+    if not getattr(sys.modules["__main__"].__spec__, "name", "").startswith("jaxgpt."):
+        return None
     folder: str = jax.config.jax_compilation_cache_dir or ""  # pyright: ignore
     used = folder and "://" not in folder and jax.config.jax_enable_compilation_cache  # pyright: ignore
     return Path(folder) if used and jax.default_backend() == "gpu" and jax.process_count() == 1 else None
@@ -89,7 +95,9 @@ def _digest(parts: Parts, *further: Any) -> str:
     asked += sorted((name, value) for name, value in os.environ.items() if name.startswith(SETTINGS))
     asked += sorted((name, repr(value)) for name, value in jax.config.values.items())
     digest = hashlib.sha256(repr(asked).encode())
-    for path in sorted(Path(jaxgpt.__file__).parent.rglob("*.py")):
+    presets = [Path(word.removeprefix("--config=").partition(":")[0]) for word in sys.argv]
+    sources = [path for path in presets if path.suffix == ".py" and path.is_file()]
+    for path in [*sources, *sorted(Path(jaxgpt.__file__).parent.rglob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
