@@ -390,7 +390,7 @@ MLP_LINE = "        self.mlp = MLP(config, rngs=rngs)\n"
          "for y, n in zip(qkv, (4, 3, 3)))", "4 heads of queries cannot share 3 of keys"),
         (MLP_LINE, MLP_LINE + "        self.gain = jnp.ones(3)\n", "Block.gain is an array and no parameter; make"),
         (MLP_LINE, MLP_LINE + "        self.gain = __import__('numpy').ones(3)\n", "Block.gain is an array and no"),
-        (MLP_LINE, MLP_LINE + "        self.drop = nnx.Dropout(0.1, rngs=rngs)\n", "drop/rngs/.* is an Rng.*, and a"),
+        (MLP_LINE, MLP_LINE + "        self.drop = nnx.Dropout(0.1, rngs=rngs)\n", "drop/rngs/.* is of nnx.s class"),
     ],
 )  # fmt: skip
 def test_an_authors_mistake_is_one_line(tmp_path, old, new, message):

@@ -355,9 +355,10 @@ def _structure(config: ModelConfig):
     graphdef, params, others = nnx.split(module, nnx.Param, ...)
     if found := nnx.to_flat_state(others):
         path, value = next(iter(found))
+        name, kind = "/".join(map(str, path)), type(value).__name__
         raise UserError(
-            f"model={config.file.name}: {'/'.join(map(str, path))} is an {type(value).__name__}, and a model holds "
-            "parameters alone, nnx.Param; random numbers come from the seed that `loss` is given"
+            f"model={config.file.name}: {name} is of nnx's class {kind}, and a model holds parameters alone, "
+            "nnx.Param; random numbers come from the seed that `loss` is given"
         )
     return graphdef, params
 
