@@ -63,15 +63,14 @@ def test_a_step_that_is_read_is_the_one_compiled(folder, asked):
     content = file.read_bytes()
     second = prepare(question)
     assert first.trace_s > 0 == second.trace_s
-    assert first.paths == second.paths and "products" in second.paths
+    assert first.paths == second.paths
     assert second.run.memory_analysis().temp_size_in_bytes == first.run.memory_analysis().temp_size_in_bytes
     wanted = after(first, question[-1])
     assert after(second, question[-1]) == wanted
-    # cut short, of another program, not a program: it is compiled again, and kept
-    for damaged in (content[:-1], content[:40] + b"\0" + content[41:], b"", content[:32]):
+    assert paths.describe(second.paths).startswith("attention: ")
+    for damaged in (b"", content[:40] + b"\0" + content[41:]):  # it is compiled again, and kept
         file.write_bytes(damaged)
-        assert prepare(question).trace_s > 0
-        assert after(prepare(question), question[-1]) == wanted
+        assert prepare(question).trace_s > 0 == prepare(question).trace_s
     assert [path.name for path in folder.iterdir()] == [file.name]
 
 
@@ -151,8 +150,3 @@ def test_a_run_that_goes_on_reads_its_step_too(folder, asked):
     """What is begun beside it is nothing then."""
     question = asked()
     assert programs.prepare_step(*question).trace_s > 0 == programs.prepare_step(*question).trace_s
-
-
-def test_the_paths_of_its_ops_can_be_told(folder, asked):
-    prepare(asked())
-    assert paths.describe(prepare(asked()).paths).startswith("attention: ")
