@@ -250,6 +250,9 @@ def check_fp8(config: ConfigDict, dtype: str, hardware: bool, mesh: Mesh) -> Non
         )
 
 
+preset_texts: list[str] = []  # of those that this process has run: they may do more than make a config
+
+
 def load_preset(spec: str) -> ConfigDict:
     """The preset in a file, `configs/gpt2.py` or `configs/gpt2.py:gpt2-xl`. Raises UserError if there is no such."""
     # a file's own colons, as in C:\\gpt2.py or run:1/gpt2.py, come before the .py
@@ -260,6 +263,7 @@ def load_preset(spec: str) -> ConfigDict:
     if not file.is_file():
         raise UserError(f"no preset file {path}; there are {', '.join(presets)}")
     try:
+        preset_texts.append(file.read_text(encoding="utf-8", errors="replace"))
         get_config = runpy.run_path(str(file)).get("get_config") if path.endswith(".py") else None
         if get_config is None:
             raise UserError(f"{path} is not a Python file (.py) with get_config(), as presets are")

@@ -103,7 +103,7 @@ class TrainState(NamedTuple):
 
     @property
     def multiplied(self) -> Params:
-        """The parameters that a step computes with: rounded where they will be, without reading them in float32."""
+        """The parameters that a step computes with: the rounded copy of a matrix where there is one."""
         if self.rounded is None:
             return self.params
         return jax.tree.map(lambda x, rounded: x if rounded is None else rounded, self.params, self.rounded)

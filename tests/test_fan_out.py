@@ -31,7 +31,7 @@ def test_kernel(m, k, n, count, dtype):
 @pytest.mark.parametrize(
     ("m", "k", "n", "count", "dtype"),
     [
-        (64, 192, 192, 3, "bfloat16"),  # one step; a last tile, and last chunks, that begin sooner; no chunk beside one
+        (64, 192, 320, 3, "bfloat16"),  # one step; a last tile, and last chunks, that begin sooner; no chunk beside one
         (384, 128, 256, 1, "float16"),  # more steps than stages; no tile for one program
     ],
 )
@@ -47,6 +47,7 @@ def test_the_weights_have_a_kernel_where_products_one_by_one_leave_multiprocesso
     monkeypatch.setattr(hopper, "count_programs", lambda: 132)
     for width, kernel in {768: False, 1024: False, 1280: False, 1536: True, 1600: True, 2048: False}.items():
         assert fan_out.supports_weights(16384, (width, 3, width)) == kernel
+    assert not fan_out.supports_weights(16384, (2624, 3, 2624))  # as many rounds as apart
     assert not fan_out.supports_weights(16384 + 32, (1600, 3, 1600))
 
 

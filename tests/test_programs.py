@@ -1,14 +1,18 @@
 """Compiled steps that are kept: what is read is what was compiled, and another program is another file."""
 
+import os
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxgpt import UserError, config
 from jaxgpt.config import resolve
+from jaxgpt.models import count_users_files
 from jaxgpt.ops import paths
 from jaxgpt.sharding import make_mesh
 from jaxgpt.step import abstract_state, create_state
@@ -22,11 +26,13 @@ VOCAB = 27
 def folder(tmp_path, monkeypatch):
     """Where steps are kept, as on a GPU."""
     monkeypatch.setattr(programs, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(programs, "count_users_files", lambda: 0)  # of other tests
+    before = jax.config.jax_enable_compilation_cache
     # a CPU's program that was read from JAX's cache cannot be kept: it would lack functions
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield tmp_path
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
 
 
@@ -74,8 +80,7 @@ def test_a_step_that_is_read_is_the_one_compiled(folder, asked):
     assert [path.name for path in folder.iterdir()] == [file.name]
 
 
-def test_another_program_is_another_file(folder, asked, monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("sys.argv", ["train"])
+def test_another_program_is_another_file(folder, asked, monkeypatch, tmp_path):
     names = set()
 
     def is_new(question):
@@ -95,35 +100,69 @@ def test_another_program_is_another_file(folder, asked, monkeypatch, tmp_path_fa
         assert is_new(asked())
     with jax.default_matmul_precision("highest"):
         assert is_new(asked())
-    with monkeypatch.context() as patch:  # a preset may register an optimizer
-        preset = tmp_path_factory.mktemp("presets") / "mine.py"
-        patch.setattr("sys.argv", ["train", f"--config={preset}:tiny"])
-        assert not is_new(asked())
-        for text in ("a = 1", "a = 2"):
-            preset.write_text(text)
-            assert is_new(asked())
+    parts, _, state, tokens = asked()
+    assert is_new((parts, make_mesh(1, 1, 1, devices=jax.devices()[1:2]), state, tokens))
     with monkeypatch.context() as patch:  # a fork's change
-        package = tmp_path_factory.mktemp("package")
-        (package / "step.py").write_text("other")
-        patch.setattr(programs.jaxgpt, "__file__", str(package / "__init__.py"))
+        patch.setattr(programs, "SOURCES", "others")
         assert is_new(asked())
+    for text in ("", "# changed"):
+        preset = tmp_path / "mine.py"
+        preset.write_text(f"from jaxgpt.config import default_config as get_config{text}")
+        with monkeypatch.context() as patch:
+            patch.setattr(config, "preset_texts", texts := [])
+            patch.setattr(programs, "preset_texts", texts)
+            config.load_preset(str(preset))
+            assert is_new(asked())
     assert not is_new(asked())
 
 
-def test_a_users_model_is_always_traced(folder, asked, tmp_path):
-    model = tmp_path / "mine.py"
-    model.write_text((programs.Path(programs.jaxgpt.__file__).parent / "models" / "gpt2.py").read_text())
-    parts, mesh, _, tokens = asked(model=str(model))
+def test_what_others_code_has_a_part_in_is_always_traced(folder, asked, monkeypatch):
+    parts, mesh, _, tokens = asked()
+    with monkeypatch.context() as patch:
+        patch.setitem(programs.SCHEDULES, "mine", lambda config, step: 1.0)
+        assert programs._file(parts, mesh, tokens) is None
+    assert programs._file(parts, mesh, tokens)
+    monkeypatch.setattr(programs, "count_users_files", lambda: 1)  # though the model of this run is built in
     assert programs._file(parts, mesh, tokens) is None
 
 
+def test_files_of_users_are_counted(asked, tmp_path):
+    model, before = tmp_path / "mine.py", count_users_files()
+    model.write_text((Path(programs.jaxgpt.__file__).parent / "models" / "gpt2.py").read_text() + f"# {tmp_path}")
+    asked(model=str(model))
+    assert count_users_files() == before + 1
+
+
 def test_those_unused_for_longest_go(folder, asked, monkeypatch):
+    """And no file of anyone else's."""
     monkeypatch.setattr(programs, "KEPT", 2)
-    step = prepare(asked())
-    (first,) = folder.iterdir()
-    for name in ("step-b", "step-c"):
-        programs._write(folder / name, step.run, {})
-    assert sorted(path.name for path in folder.iterdir()) == ["step-b", "step-c"]
+    names = [f"step-{letter * 32}" for letter in "abc"]
+    (folder / "step-000100").write_text("another's")
+    question = asked()
+    parts, mesh, _, tokens = question
+    step = prepare(question)
+    used = programs._file(parts, mesh, tokens)
+    programs._write(folder / names[0], step.run, {})
+    for path in (used, folder / names[0]):
+        os.utime(path, (1, 1) if path == used else (2, 2))
+    assert prepare(question).trace_s == 0  # used now
+    programs._write(folder / names[1], step.run, {})
+    assert sorted(path.name for path in folder.iterdir()) == sorted([used.name, names[1], "step-000100"])
+
+
+@pytest.mark.skipif(not hasattr(os, "chown") or os.getuid() != 0, reason="only root can give files away")
+def test_what_another_user_wrote_is_not_read(folder, asked):
+    prepare(asked())
+    (file,) = folder.iterdir()
+    os.chown(file, 65534, 65534)
+    assert prepare(asked()).trace_s > 0
+
+
+def test_a_step_that_needs_too_much_is_refused_when_it_is_read_too(folder, asked, monkeypatch):
+    prepare(asked())
+    monkeypatch.setattr("jaxgpt.tools.memory.limit_of", lambda device: 1000)
+    with pytest.raises(UserError, match="out of memory"):
+        prepare(asked())
 
 
 def test_nothing_is_kept_where_it_cannot_be(folder, asked, monkeypatch):
@@ -132,18 +171,25 @@ def test_nothing_is_kept_where_it_cannot_be(folder, asked, monkeypatch):
     assert prepare(asked()).trace_s > 0
 
 
-def test_where_steps_are_kept(monkeypatch):
-    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": types.SimpleNamespace(__spec__=None)})
+def test_where_steps_are_kept(monkeypatch, tmp_path):
+    main = types.SimpleNamespace(__spec__=None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(programs.jax, "config", types.SimpleNamespace(
+        jax_compilation_cache_dir=str(tmp_path), jax_enable_compilation_cache=True
+    ))  # fmt: skip
     assert programs._folder() is None  # in a program of someone's own
-    sys.modules["__main__"].__spec__ = types.SimpleNamespace(name="jaxgpt.train")
-    folder = programs._folder()
-    assert str(folder) == jax.config.jax_compilation_cache_dir
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert programs._folder() is None
-    monkeypatch.setattr(jax, "process_count", lambda: 1)
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert programs._folder() is None
+    main.__spec__ = types.SimpleNamespace(name="jaxgpt.train")
+    assert programs._folder() == tmp_path
+    for name, value in (
+        ("process_count", lambda: 2), ("default_backend", lambda: "cpu"),
+        ("config.jax_compilation_cache_dir", "gs://bucket/cache"), ("config.jax_compilation_cache_dir", None),
+        ("config.jax_enable_compilation_cache", False),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(f"jax.{name}", value)
+            assert programs._folder() is None, name
+    monkeypatch.undo()
 
 
 def test_a_run_that_goes_on_reads_its_step_too(folder, asked):

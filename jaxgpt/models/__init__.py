@@ -78,10 +78,11 @@ class Role:
     """What one kind of parameter is.
 
     pattern: its path in the parameters, `h/*/attn/c_attn/kernel`; `*` stands for one name.
-    group: the optimizer's: matrix, embedding, head or vector. Vectors are replicated; `fsdp` splits all others.
+    group: the optimizer's: matrix, embedding, head or vector. Vectors are replicated; `fsdp` splits all others. In
+        training a matrix reaches the module in the computation's dtype, in which gradients of several uses add up.
     tensor: the dimension that the mesh axis `tensor` splits; None: it is replicated there.
     decay: whether weight decay applies.
-    float32: whether it stays in float32 where the model computes in bfloat16.
+    float32: whether it stays in float32 where the model computes in bfloat16: a matrix with several uses, say.
     product: whether every token is multiplied with it, so that it counts in FLOPs; looked-up tables are not.
     stack: the dimension along which it stacks several matrices (or their biases), such as those of q, k and v.
     whole: whether each device fetches all of it over `fsdp` before a step. If False the module is given the device's
@@ -249,6 +250,11 @@ def find_model(name: str) -> ModelFile:
     except (OSError, ValueError) as error:
         raise UserError(f"model={name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return _load(name, source)
+
+
+def count_users_files() -> int:
+    """How many files of users this process has executed to find a model: they may have changed more than that."""
+    return _load.cache_info().currsize
 
 
 @functools.lru_cache(maxsize=32)

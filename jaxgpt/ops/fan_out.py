@@ -37,9 +37,10 @@ def supports_weights(m: int, shape: tuple[int, ...]) -> bool:
     itself busy for at least four fifths of them. Smaller products cuBLAS splits in the summed dimension.
     """
     (k, g, n), (tile_k, tile_n), programs = shape, WEIGHT_TILE, hopper.count_programs()
-    rounds = [pl.cdiv(pl.cdiv(k, tile_k) * pl.cdiv(g * n, tile_n), programs) for g in (1, g)]
-    busy = k * g * n / (tile_k * tile_n * programs * rounds[1])
-    return m % DEPTH == k % 64 == n % 64 == 0 and min(k, n) >= 128 and rounds[1] < g * rounds[0] and busy >= 0.8
+    chunks = pl.cdiv(n, tile_n // 2)  # of one product: no chunk has columns of two
+    alone, joint = (pl.cdiv(pl.cdiv(k, tile_k) * pl.cdiv(c, 2), programs) for c in (chunks, g * chunks))
+    busy = k * g * n / (tile_k * tile_n * programs * joint)
+    return m % DEPTH == k % 64 == n % 64 == 0 and min(k, n) >= 128 and joint < g * alone and busy >= 0.8
 
 
 def products(

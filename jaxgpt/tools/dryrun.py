@@ -169,14 +169,14 @@ def report(
     hlo, kind = compiled.as_text(), name or device
     room = f" of {limit / 2**30:.1f} ({'does not fit' if lacking else 'fits'})" if limit else ""
     shape = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    total = micro_steps * rows * model.block_size
+    total, saved = micro_steps * rows * model.block_size, bytes_per_device(state.saved)
     lines = [
         f"{count_params(model, state.params):,} parameters, {total:,} tokens per step: "
         f"{micro_steps} micro-step{'s' * (micro_steps != 1)} of {rows} sequences of {model.block_size:,}",
         f"mesh {shape} on {mesh.size} × {'described ' if described else ''}{kind.device_kind}, {model.dtype}, "
         f"attention by {model.attention}",
-        f"memory per device: {need.total / 2**30:.2f} GiB{room}: state {need.state / 2**30:.2f}, step "
-        f"{need.temporaries / 2**30:.2f} ({origin})",
+        f"memory per device: {need.total / 2**30:.2f} GiB{room}: state {saved / 2**30:.2f}, step "
+        f"{(need.total - saved) / 2**30:.2f} ({origin})",
         *roofline(model.flops_per_token(state.params) * total / mesh.size, compiled, hlo, kind, device),
         *(
             f"{name} per step: {count:,} of {size / 1e6:,.1f} MB in all"

@@ -126,7 +126,9 @@ def settings_that_fit(parts: Parts, mesh: Mesh, room: int, temporaries: int) -> 
     n_params = count_params(parts.model, abstract_params(parts.model), all=True)
     sums = 4 * n_params // mesh.shape["tensor"] if data.gradient_accumulation_steps == shards else 0
     remat = parts._replace(model=dataclasses.replace(parts.model, remat="block"))
-    saved = step_bytes(remat, mesh, n_params) / step_bytes(parts, mesh, n_params)
+    state = abstract_state(parts, mesh)
+    rounded = bytes_per_device(state) - bytes_per_device(state.saved)  # which step_bytes counts
+    saved = (step_bytes(remat, mesh, n_params) - rounded) / (step_bytes(parts, mesh, n_params) - rounded)
     rows, ways = data.batch_size * data.gradient_accumulation_steps, []
     for size in range(data.batch_size - 1, 0, -1):
         if rows % (size * shards) == 0 and temporaries * size / data.batch_size + sums <= room:

@@ -1,9 +1,10 @@
 """The compiled step: traced and compiled, or read where the very same one was compiled before.
 
 JAX's cache of compiled programs is asked with a traced program, and tracing takes a second of a start on a GPU. Here
-the question is what the program follows from: this package's files and the versions below it, the preset, the config,
-the devices, the settings of JAX and XLA. A model in a user's file, or a program that only uses this package, may depend
-on anything, or change anything: the step is traced each time.
+the question is what the program follows from: this package's files and the versions below it, the preset's text, the
+config, the devices, the settings of JAX and XLA. Other code may depend on anything, or change anything: where a model
+comes from a user's file, an optimizer or a schedule from elsewhere, or this package is used by another program, the
+step is traced each time. What a preset imports is not looked at beyond that: it should not patch this package.
 """
 
 import contextlib
@@ -23,13 +24,26 @@ from jax.sharding import Mesh
 
 import jaxgpt
 from jaxgpt import UserError, atomic_write
-from jaxgpt.config import Parts
+from jaxgpt.config import Parts, preset_texts
+from jaxgpt.models import count_users_files
 from jaxgpt.ops import paths
+from jaxgpt.optim import OPTIMIZERS, SCHEDULES
 from jaxgpt.step import TrainState, make_train_step
 from jaxgpt.tools.memory import check_fits, compile_step, need_of
 
 KEPT = 16  # programs; GPT-2 124M's has 2.6 MB
 SETTINGS = ("XLA_", "JAX_", "CUDA_", "CUDNN_", "NVIDIA_", "NCCL_", "TF_", "LIBTPU_")  # how variables of theirs begin
+
+
+def _sources() -> str:
+    """The digest of this package's files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(jaxgpt.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+SOURCES = _sources()  # as they are imported: they may be others by the time that a step is traced
 
 
 class Step(NamedTuple):
@@ -53,7 +67,7 @@ def prepare_step(
     began = time.perf_counter()
     file = _file(parts, mesh, tokens)
     begun = None
-    if file and file.exists():
+    if file and os.path.exists(file):  # Path.exists raises where the folder may not be entered
         begun = beside()
         if found := _read(file, state, tokens, mesh):
             run, taken = found
@@ -71,8 +85,9 @@ def prepare_step(
 
 def _file(parts: Parts, mesh: Mesh, tokens: jax.ShapeDtypeStruct) -> Path | None:
     """Where the step is, or will be; None where it is not kept."""
-    folder = _folder()
-    if not folder or parts.model.file.source:
+    rules = [*OPTIMIZERS.values(), *SCHEDULES.values()]
+    ours = all(rule.__module__.startswith("jaxgpt.") for rule in rules) and not count_users_files()
+    if not ours or not (folder := _folder()):
         return None
     devices = [(x.id, x.device_kind, x.client.platform_version) for x in mesh.devices.flat]
     return folder / f"step-{_digest(parts, mesh.shape, tokens, devices)}"
@@ -94,23 +109,21 @@ def _digest(parts: Parts, *further: Any) -> str:
     asked += [sys.version, *(metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax"))]
     asked += sorted((name, value) for name, value in os.environ.items() if name.startswith(SETTINGS))
     asked += sorted((name, repr(value)) for name, value in jax.config.values.items())
-    digest = hashlib.sha256(repr(asked).encode())
-    presets = [Path(word.removeprefix("--config=").partition(":")[0]) for word in sys.argv]
-    sources = [path for path in presets if path.suffix == ".py" and path.is_file()]
-    for path in [*sources, *sorted(Path(jaxgpt.__file__).parent.rglob("*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(repr([*asked, SOURCES, preset_texts]).encode()).hexdigest()[:32]
 
 
 def _read(file: Path, state: TrainState, tokens: Any, mesh: Mesh) -> tuple[Any, paths.Paths] | None:
-    """The program in a file and the paths that its ops take; None if it is not whole or not this JAX's."""
+    """The program in a file and the paths that its ops take; None if it is not whole, not ours or not this JAX's."""
     with contextlib.suppress(Exception):
+        if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():  # what is unpickled may do anything
+            return None
         content = file.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             program, taken, names = pickle.loads(content[32:])
             trees = jax.tree.structure(((state, tokens), {})), jax.tree.structure((state, dict.fromkeys(names, 0)))
             run = serialize_executable.deserialize_and_load(program, *trees, execution_devices=list(mesh.devices.flat))
-            os.utime(file)
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                os.utime(file)
             return run, taken
     return None
 
@@ -126,5 +139,5 @@ def _write(file: Path, run: Any, taken: paths.Paths) -> None:
     with contextlib.suppress(UserError, OSError):  # a full disk, a folder that cannot be written: as for JAX's own
         with atomic_write(file) as f:
             f.write(hashlib.sha256(content).digest() + content)
-        for path in sorted(file.parent.glob("step-*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        for path in sorted(file.parent.glob("step-" + "[0-9a-f]" * 32), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             path.unlink(missing_ok=True)
