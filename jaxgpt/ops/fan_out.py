@@ -117,36 +117,24 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
             collective_axes="group",
         )
         def scope(x_parts, w_parts, results, fetched, used):
-            group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(m, n, ROWS, columns)
             ring = hopper.Ring(STAGES, fetched, used, count_tiles * steps)
 
-            @pl.when(group == 2)
-            def _fetch():
-                gpu.set_max_registers(40, action="decrease")
+            def fetch(tile):
+                row, column = place(tile)
+                for i, x_ref in enumerate(x_refs):
 
-                @pl.loop(0, count_tiles)
-                def _tile(tile):
-                    row, column = place(tile)
-                    for i, x_ref in enumerate(x_refs):
+                    @pl.loop(0, each)
+                    def _step(j, i=i, x_ref=x_ref):
+                        def copy(stage, fetched):
+                            depth = pl.ds(j * DEPTH, DEPTH)
+                            gpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, ROWS), depth], x_parts.at[stage], fetched)
+                            w_part = w_ref.at[pl.ds(column, columns), i, depth]
+                            gpu.copy_gmem_to_smem(w_part, w_parts.at[stage], fetched)
 
-                        @pl.loop(0, each)
-                        def _step(j, i=i, x_ref=x_ref):
-                            def copy(stage, fetched):
-                                depth = pl.ds(j * DEPTH, DEPTH)
-                                x_part, w_part = (
-                                    x_ref.at[pl.ds(row, ROWS), depth],
-                                    w_ref.at[pl.ds(column, columns), i, depth],
-                                )
-                                gpu.copy_gmem_to_smem(x_part, x_parts.at[stage], fetched)
-                                gpu.copy_gmem_to_smem(w_part, w_parts.at[stage], fetched)
+                        ring.fetch(tile * steps + i * each + j, copy)
 
-                            ring.fetch(tile * steps + i * each + j, copy)
-
-            @pl.when(group < 2)
-            def _multiply():
-                gpu.set_max_registers(232, action="increase")
-
+            def multiply(group):
                 @pl.loop(0, count_tiles)
                 def _tile(tile):
                     row, column = place(tile)
@@ -163,7 +151,7 @@ def sum_of_products(xs: Sequence[Float[Array, "M K"]], w: Float[Array, "N G K"])
                         to = out_ref.at[pl.ds(row + group * half, half), pl.ds(column + i, PART)]
                         gpu.copy_smem_to_gmem(results.at[group], to)
 
-                gpu.wait_smem_to_gmem(0)
+            hopper.share_out(count_tiles, fetch, multiply)
 
     kernel.__name__ = "product_sum"
     return hopper.launch(kernel, *xs, w, out=[jax.ShapeDtypeStruct((m, n), dtype)])[0]
@@ -195,7 +183,6 @@ def weight_gradients(x: Float[Array, "M K"], dys: Sequence[Float[Array, "M N"]])
             collective_axes="group",
         )
         def scope(x_parts, dy_parts, results, fetched, used):
-            group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(k, count * chunks, rows, 2)
             ring = hopper.Ring(STAGES, fetched, used, count_tiles * steps)
 
@@ -204,36 +191,28 @@ def weight_gradients(x: Float[Array, "M K"], dys: Sequence[Float[Array, "M N"]])
                 first = jax.lax.rem(chunk_number, chunks) * chunk
                 return jax.lax.div(chunk_number, chunks), jnp.minimum(first, n - chunk), first
 
-            @pl.when(group == 2)
-            def _fetch():
-                gpu.set_max_registers(40, action="decrease")
+            def fetch(tile):
+                first, number = place(tile)
+                row = jnp.minimum(first, k - rows)
+                found = [find(jnp.minimum(number + j, count * chunks - 1))[:2] for j in range(2)]
 
-                @pl.loop(0, count_tiles)
-                def _tile(tile):
-                    first, number = place(tile)
-                    row = jnp.minimum(first, k - rows)
-                    found = [find(jnp.minimum(number + j, count * chunks - 1))[:2] for j in range(2)]
+                @pl.loop(0, steps)
+                def _step(i):
+                    def copy(stage, fetched):
+                        depth = pl.ds(i * DEPTH, DEPTH)
+                        for j, (which, column) in enumerate(found):
+                            x_part = x_ref.at[depth, pl.ds(row + j * half, half)]
+                            gpu.copy_gmem_to_smem(x_part, x_parts.at[stage, j], fetched)
+                            for dy, dy_ref in enumerate(dy_refs):
 
-                    @pl.loop(0, steps)
-                    def _step(i):
-                        def copy(stage, fetched):
-                            depth = pl.ds(i * DEPTH, DEPTH)
-                            for j, (which, column) in enumerate(found):
-                                x_part = x_ref.at[depth, pl.ds(row + j * half, half)]
-                                gpu.copy_gmem_to_smem(x_part, x_parts.at[stage, j], fetched)
-                                for dy, dy_ref in enumerate(dy_refs):
+                                @pl.when(which == dy)
+                                def _(j=j, dy_ref=dy_ref, column=column):
+                                    dy_part = dy_ref.at[depth, pl.ds(column, chunk)]
+                                    gpu.copy_gmem_to_smem(dy_part, dy_parts.at[stage, j], fetched)
 
-                                    @pl.when(which == dy)
-                                    def _(j=j, dy_ref=dy_ref, column=column):
-                                        dy_part = dy_ref.at[depth, pl.ds(column, chunk)]
-                                        gpu.copy_gmem_to_smem(dy_part, dy_parts.at[stage, j], fetched)
+                    ring.fetch(tile * steps + i, copy)
 
-                        ring.fetch(tile * steps + i, copy)
-
-            @pl.when(group < 2)
-            def _multiply():
-                gpu.set_max_registers(232, action="increase")
-
+            def multiply(group):
                 @pl.loop(0, count_tiles)
                 def _tile(tile):
                     first_row, number = place(tile)
@@ -256,7 +235,7 @@ def weight_gradients(x: Float[Array, "M K"], dys: Sequence[Float[Array, "M N"]])
                                 to = out_ref.at[pl.ds(row, half), which, pl.ds(column + i, half)]
                                 gpu.copy_smem_to_gmem(results.at[group], to)
 
-                gpu.wait_smem_to_gmem(0)
+            hopper.share_out(count_tiles, fetch, multiply)
 
     kernel.__name__ = "weight_gradients"
     return hopper.launch(kernel, x, *dys, out=[jax.ShapeDtypeStruct((k, count, n), dtype)])[0]

@@ -129,6 +129,24 @@ class Ring(NamedTuple):
             gpu.barrier_arrive(self.used.at[jax.lax.rem(step, self.stages)])
 
 
+def share_out(count_tiles: Array, fetch: Callable[[Array], None], multiply: Callable[[Array], None]) -> None:
+    """Has one warpgroup fetch(tile) each tile's parts, and the two others multiply(their number) and store."""
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    group = jax.lax.axis_index("group")
+
+    @pl.when(group == 2)
+    def _fetch():
+        gpu.set_max_registers(40, action="decrease")
+        pl.loop(0, count_tiles)(fetch)
+
+    @pl.when(group < 2)
+    def _multiply():
+        gpu.set_max_registers(232, action="increase")
+        multiply(group)
+        gpu.wait_smem_to_gmem(0)
+
+
 def launch(kernel: Callable[..., None], *args: Array, out: Sequence[jax.ShapeDtypeStruct]) -> Sequence[Array]:
     """Runs kernel(*refs of args, *refs of what it returns) in every program; profiles show its name."""
     from jax.experimental.pallas import mosaic_gpu as gpu

@@ -182,46 +182,37 @@ def _launch(
             collective_axes="group",
         )
         def scope(a_parts, b_parts, elements, fetched, used, extra_fetched, stored, turn):
-            group = jax.lax.axis_index("group")
             count_tiles, place = hopper.tiles(m, n, ROWS, columns)
             ring = hopper.Ring(stages, fetched, used, count_tiles * steps)
 
-            @pl.when(group == 2)
-            def _fetch():
-                gpu.set_max_registers(40, action="decrease")
+            def fetch(tile):
+                row, column = place(tile)
+                side = jax.lax.rem(tile, 2)
 
-                @pl.loop(0, count_tiles)
-                def _tile(tile):
-                    row, column = place(tile)
-                    side = jax.lax.rem(tile, 2)
+                @pl.loop(0, steps)
+                def _step(i):
+                    def copy(stage, fetched):
+                        depth = pl.ds(i * DEPTH, DEPTH)
+                        gpu.copy_gmem_to_smem(a_ref.at[pl.ds(row, ROWS), depth], a_parts.at[stage], fetched)
+                        gpu.copy_gmem_to_smem(b_ref.at[pl.ds(column, columns), depth], b_parts.at[stage], fetched)
 
-                    @pl.loop(0, steps)
-                    def _step(i):
-                        def copy(stage, fetched):
-                            depth = pl.ds(i * DEPTH, DEPTH)
-                            gpu.copy_gmem_to_smem(a_ref.at[pl.ds(row, ROWS), depth], a_parts.at[stage], fetched)
-                            gpu.copy_gmem_to_smem(b_ref.at[pl.ds(column, columns), depth], b_parts.at[stage], fetched)
+                    ring.fetch(tile * steps + i, copy, side)
 
-                        ring.fetch(tile * steps + i, copy, side)
+                    if (source := extra_ref) is None:
+                        return
 
-                        if (source := extra_ref) is None:
-                            return
-
-                        # late enough that its buffer, that of the tile before the last one, is free by then
-                        @pl.when(i == min(stages, steps - 1))
+                    # late enough that its buffer, that of the tile before the last one, is free by then
+                    @pl.when(i == min(stages, steps - 1))
+                    def _():
+                        @pl.when(tile >= 2)
                         def _():
-                            @pl.when(tile >= 2)
-                            def _():
-                                gpu.barrier_wait(stored.at[side])
+                            gpu.barrier_wait(stored.at[side])
 
-                            for j in range(parts):
-                                part = source.at[pl.ds(row, ROWS), pl.ds(column + j * width, width)]
-                                gpu.copy_gmem_to_smem(part, elements.at[side, j], extra_fetched.at[side])
+                        for j in range(parts):
+                            part = source.at[pl.ds(row, ROWS), pl.ds(column + j * width, width)]
+                            gpu.copy_gmem_to_smem(part, elements.at[side, j], extra_fetched.at[side])
 
-            @pl.when(group < 2)
-            def _multiply():
-                gpu.set_max_registers(232, action="increase")
-
+            def multiply(group):
                 @pl.loop(0, jax.lax.div(count_tiles - group + 1, 2))
                 def _tile(pair):
                     tile = 2 * pair + group
@@ -263,7 +254,7 @@ def _launch(
                         gpu.wait_smem_to_gmem(0, wait_read_only=True)
                         gpu.barrier_arrive(stored.at[group])
 
-                gpu.wait_smem_to_gmem(0)
+            hopper.share_out(count_tiles, fetch, multiply)
 
     kernel.__name__ = "product_activated" if extra is None else "product_and_gradient"
     out = [jax.ShapeDtypeStruct((m, n), dtype)] * outs
