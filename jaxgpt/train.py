@@ -1,6 +1,5 @@
 """Train a model: `python -m jaxgpt.train --config configs/gpt2.py [--config.KEY=VALUE …]`."""
 
-import hashlib
 import math
 import secrets
 import shlex
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         if args.dry_run is not None:
             return describe_only(config, args.dry_run)
         begin_devices()
-        source = hashlib.sha256(find_model(config.model).source.encode()).hexdigest()[:16]
+        source = find_model(config.model).digest[:16]
         own = {"data_dir": "each host's own", "data_cache": "", "model_source": source}
         agree("config", {**numerics(), **config, **own})
         agree("devices", {"devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind})
