@@ -190,6 +190,20 @@ def check_schedule(config: OptimizerConfig) -> None:
         )
 
 
+def unfinished(config: OptimizerConfig) -> list[str]:
+    """A line where a run ends before its rate has fallen, as with max_iters lowered alone."""
+    if config.max_iters >= config.lr_decay_iters:
+        return []
+    ends = jnp.asarray([config.max_iters - 1, config.lr_decay_iters])
+    last, low = (float(learning_rate(config, step)) for step in ends)
+    if abs(last - low) <= 0.01 * config.learning_rate:
+        return []
+    return [
+        f"max_iters={config.max_iters} ends this run at a learning rate of {last:.2g}; its schedule goes on to "
+        f"{low:.2g} at lr_decay_iters={config.lr_decay_iters}"
+    ]
+
+
 class OptimizerState(NamedTuple):
     norm: Float[Array, ""]  # the last gradients' global norm, before clipping
     groups: dict[str, Any]  # name -> the state of the group's rule, in the parameters' structure where it has moments

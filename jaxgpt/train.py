@@ -31,7 +31,7 @@ from jaxgpt.keys import take
 from jaxgpt.metrics import Reporter, Stopwatch, environment, peak_flops, when_done
 from jaxgpt.models import count_params, find_model
 from jaxgpt.ops import paths
-from jaxgpt.optim import OptimizerConfig, check_schedule
+from jaxgpt.optim import OptimizerConfig, check_schedule, unfinished
 from jaxgpt.run import guard, lease
 from jaxgpt.run.checkpoint import Checkpoints, run_id
 from jaxgpt.run.processes import Processes, agree, numerics
@@ -373,6 +373,7 @@ def describe(parts: Parts, mesh: Mesh, data: RunData, state: TrainState, step: i
         f"{paths.describe(taken)}{memory_limit()}",
         *data.notes,
         f"{'resuming at' if step else 'starting at'} step {step} of {parts.optimizer.max_iters}, in {run.out_dir}",
+        *unfinished(parts.optimizer),
     ]
     return lines
 

@@ -34,6 +34,7 @@ from jaxgpt.optim import (
     make_optimizer,
     orthogonalize,
     orthogonalize_all,
+    unfinished,
 )
 from jaxgpt.sharding import make_mesh, param_specs, state_specs
 
@@ -171,6 +172,25 @@ def test_a_rate_that_would_jump_is_refused(warmup_iters, lr_decay_iters, cooldow
         check_schedule(dataclasses.replace(config, lr_schedule="constant"))
     else:
         check_schedule(config)
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({}, []),
+        ({"max_iters": 20}, ["0.00095; its schedule goes on to 0.0001 at lr_decay_iters=100"]),
+        ({"max_iters": 20, "lr_decay_iters": 20}, []),
+        ({"max_iters": 99}, []),
+        ({"max_iters": 20, "lr_schedule": "linear"}, ["0.001; its schedule goes on to 0.0001 at lr_decay_iters=100"]),
+        ({"max_iters": 20, "lr_schedule": "constant"}, []),
+        ({"max_iters": 20, "decay_lr": False}, []),
+    ],
+)
+def test_a_run_that_ends_before_its_rate_has_fallen_is_said(values, line):
+    config = OptimizerConfig(
+        **{"max_iters": 100, "lr_decay_iters": 100, "warmup_iters": 5, "learning_rate": 1e-3, "min_lr": 1e-4} | values
+    )
+    assert unfinished(config) == [f"max_iters=20 ends this run at a learning rate of {text}" for text in line]
 
 
 def test_a_schedule_of_ones_own(monkeypatch):
