@@ -64,6 +64,10 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                how = f"; did you mean --out_dir={name}?" if "--out_dir" in self._option_string_actions else ""
+                how = "; a preset's size follows its name: configs/gpt2.py:gpt2-medium" if self.unknown_key else how
+                raise UserError(f"{name} is one argument too many{how}")
             if f"--config.{name.lstrip('-')}" in self._option_string_actions:
                 raise UserError(f"unknown argument {name}; keys of the config are written --config.{name.lstrip('-')}")
             near = nearest(name, self._option_string_actions)

@@ -19,7 +19,7 @@ from jaxgpt import PATHS, UserError, atomic_write, check_ordinary, from_json, lo
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
-from jaxgpt.models import ModelConfig, find_model
+from jaxgpt.models import ModelConfig, find_model, line_of
 from jaxgpt.ops import fp8
 from jaxgpt.optim import OptimizerConfig
 from jaxgpt.sharding import check_heads
@@ -266,13 +266,15 @@ def load_preset(spec: str) -> ConfigDict:
         preset_texts.append(file.read_text(encoding="utf-8", errors="replace"))
         get_config = runpy.run_path(str(file)).get("get_config") if path.endswith(".py") else None
         if get_config is None:
-            raise UserError(f"{path} is not a Python file (.py) with get_config(), as presets are")
+            what = "defines no get_config(), as presets do" if path.endswith(".py") else "is no Python file (.py)"
+            raise UserError(f"{what}; copy one of {', '.join(presets)}")
         config = get_config(argument) if argument else get_config()
     except BaseException as error:  # a slip in the user's own code, which may also want to exit
         if isinstance(error, KeyboardInterrupt):
             raise
         text = " ".join(str(error).split()) if isinstance(error, Exception) else repr(error)
-        text = text or type(error).__name__
+        if not isinstance(error, UserError | SystemExit):
+            text = f"{line_of(error, str(file))}{type(error).__name__}: {text}".removesuffix(": ")
         unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
         if unknown and unknown[1] not in default_config():
             text = unknown_key(unknown[1])
@@ -470,12 +472,14 @@ def resumed_config(
     Raises UserError where a key differs that makes it another run.
     """
     # of this start, not of the run
-    here = ("out_dir", "init_from", "eval_only", "model", "model_changed", "auto_batch_size")
+    here = ("out_dir", "eval_only", "model", "model_changed", "auto_batch_size")
     given = dict(config.items()) if given is None else dict(given)
     fixed = (*SAME_ON_RESUME, *keys(find_model(saved.model).config))
     result, lines = saved.copy_and_resolve_references(), []
     for name in saved:
         value = given.get(name, saved[name])
+        if name == "init_from":
+            continue  # what the run began from
         if name in here:
             result[name] = config[name]
         elif name in given and value != saved[name]:
@@ -490,6 +494,7 @@ def resumed_config(
             lines.append(f"{name} {saved[name]} → {value}")
         elif config[name] != saved[name] and not (name.startswith("n_") and config[name] == 0):
             runs, presets = (repr(x) if x == "\n" else x for x in (saved[name], config[name]))
-            lines.append(f"{name} stays {runs}, as in the run; the preset has {presets}")
+            take_it = f"the preset has {presets}" if name in fixed else f"--config.{name}={presets} is the preset's"
+            lines.append(f"{name} stays {runs}, as in the run; {take_it}")
     validate(result)
     return result, lines

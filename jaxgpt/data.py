@@ -104,7 +104,8 @@ class Corpus:
         if not paths:
             others = [Path(name).parent.name for name in shipped("data/*/prepare.py")]  # known by name, as dataset=NAME
             near = nearest(folder.name, others) if folder.parent == Path("data") and folder.name not in others else ""
-            hint = f"run its prepare.py, or set data_dir to a folder that holds it{near}"
+            known = f"python -m jaxgpt.prepare {folder.name}" if folder.name in others else "its prepare.py"
+            hint = f"run {known}, or set data_dir to a folder that holds it{near}"
             raise UserError(f"{single} does not exist; {hint}")
         if foreign := set(found) - set(paths):
             raise UserError(
@@ -117,7 +118,7 @@ class Corpus:
         if meta.vocab_size > vocab_size:
             raise UserError(
                 f"{folder} has a vocabulary of {meta.vocab_size:,}, the model one of {vocab_size:,}; "
-                f"train a model with vocab_size={meta.vocab_size} or prepare the corpus with the model's tokenizer"
+                "prepare it with the model's tokenizer, which prepare's --tokenizer names"
             )
         arriving = None
         if not isinstance(folder, Path):

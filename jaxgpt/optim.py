@@ -63,7 +63,10 @@ def learning_rate(config: "OptimizerConfig", step: Int[Array, ""]) -> Float[Arra
     if not config.decay_lr:
         return constant(config, step)
     warm = config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    return jnp.where(step < config.warmup_iters, warm, SCHEDULES[config.lr_schedule](config, step))
+    rate = SCHEDULES[config.lr_schedule](config, step)
+    if rate is None or jnp.shape(rate):
+        raise UserError(f"lr_schedule={config.lr_schedule} returns {rate}; return one number, the rate of a step")
+    return jnp.where(step < config.warmup_iters, warm, rate)
 
 
 # --- optimizers ---
@@ -161,12 +164,21 @@ class OptimizerConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0 with optimizer=muon")
 
 
+def make_groups(config: OptimizerConfig) -> dict[str, Group]:
+    """The optimizer's groups. Raises UserError where it returns anything else."""
+    groups = OPTIMIZERS[config.optimizer](config)
+    if not isinstance(groups, dict) or not all(isinstance(group, Group) for group in groups.values()):
+        found = type(groups).__name__ if not isinstance(groups, dict) else f"a dict of {groups!r:.80}"
+        raise UserError(f"optimizer={config.optimizer} returns {found}; return a dict of names and Groups")
+    return groups
+
+
 def keeps_finite(config: OptimizerConfig) -> bool:
     """Whether finite gradients always leave the parameters finite, so that no step needs to look at them.
 
     So it is where 2^31 updates together stay below 1e30, and weight decay makes parameters smaller.
     """
-    groups = OPTIMIZERS[config.optimizer](config).values()
+    groups = make_groups(config).values()
     top = max(group.learning_rate for group in groups)
     return top * config.weight_decay <= 1 and all(group.learning_rate * group.bound <= 1e20 for group in groups)
 
@@ -217,7 +229,7 @@ def make_optimizer(
     `update(grads, state, params, step=…)` gives updates to be added to the parameters, their rates those of that step:
     schedules follow the step count even where an update was dropped. mesh: the devices that share Muon's work.
     """
-    groups = OPTIMIZERS[config.optimizer](config)
+    groups = make_groups(config)
 
     def label(role: Role) -> str:
         names = [name for name, group in groups.items() if group.takes(role)]

@@ -122,6 +122,8 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
+            if not args.jsonl and line.startswith('{"prompt":'):
+                raise UserError(f"{args.prompts}: line {number} is a JSON object; add --jsonl")
             record = from_json(line) if args.jsonl else {"prompt": line}
             if not isinstance(record["prompt"], str) or not record["prompt"]:
                 raise ValueError

@@ -195,14 +195,19 @@ def path_name(path: tuple) -> str:
 def partition_spec(name: str, shape: tuple[int, ...], role: Any, mesh: Mesh | AbstractMesh) -> P:
     """How the parameter with this role (models.Role) is split: `tensor` where the role says, `fsdp`, for all but
     vectors, the first dimension that is free and divides evenly, or the last one if the role is not whole. Raises
-    UserError where a dimension does not divide."""
+    UserError where a dimension does not divide or is not there."""
     entries: list[str | None] = [None] * len(shape)
-    if role.tensor is not None and not -len(shape) <= role.tensor < len(shape):
-        raise UserError(f"ROLES: {role.pattern} has tensor={role.tensor}, but {name} only {len(shape)} dimensions")
+    for key in ("tensor", "stack"):
+        if (i := getattr(role, key)) is not None and i not in range(-len(shape), len(shape)):
+            raise UserError(f"ROLES: {role.pattern} has {key}={i!r}, no dimension of {name}, which has {len(shape)}")
     if role.tensor is not None and mesh.shape["tensor"] > 1:
         entries[role.tensor] = "tensor"
     if role.group != "vector" and mesh.shape["fsdp"] > 1:
         free = [i for i, entry in enumerate(entries) if entry is None][:: 1 if role.whole else -1]
+        if not free:
+            raise UserError(
+                f"ROLES: {name} of shape {shape} has no dimension for mesh_fsdp to split; give it the group vector"
+            )
         entries[next((i for i in free if shape[i] % mesh.shape["fsdp"] == 0), free[0])] = "fsdp"
     for size, axis in zip(shape, entries, strict=True):
         if axis is not None and size % mesh.shape[axis]:
@@ -250,13 +255,17 @@ def device_map(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
 
 
 def with_whole_params(f: Callable, roles: Any, mesh: Mesh, dtype: str, in_spec: P, out_spec: P) -> Callable:
-    """`f(params, rows)` run by every device on its own rows, with all parameters (over tensor: its part of them)."""
+    """`f(params, rows)` run by every device on its own rows, with all parameters (over tensor: its part of them).
+
+    They are in the dtypes that a step gives a module (Role.rounded).
+    """
 
     def run(params, rows):
         specs = param_specs(params, roles, mesh)
 
         def local(params, rows):
-            return f(gather_params(params, roles, specs, mesh, dtype), rows)
+            params = gather_params(params, roles, specs, mesh, dtype)
+            return f(jax.tree.map(lambda role, x: x.astype(dtype) if role.rounded else x, roles, params), rows)
 
         return device_map(local, mesh, (specs, in_spec), out_spec)(params, rows)
 
@@ -266,15 +275,17 @@ def with_whole_params(f: Callable, roles: Any, mesh: Mesh, dtype: str, in_spec: 
 def gather_params(params: Any, roles: Any, specs: Any, mesh: Mesh, dtype: str) -> Any:
     """Within device_map: whole parameters from the shards over fsdp, gathered in `dtype`, the computation's.
 
-    Matrices stay in it; embeddings and heads return to float32, so that their gradients add up in it. What is not to be
-    whole by its role stays the device's part. For the gradients see mean_gradients.
+    Matrices stay in it; embeddings and heads return to float32, so that their gradients add up in it. What stays in
+    float32 by its role is gathered in it, and what is not to be whole stays the device's part. For the gradients see
+    mean_gradients.
     """
 
     def gather(spec: P, role: Any, x):
         if "fsdp" not in spec or _in_parts(spec, role, mesh):
             return x
-        found = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
-        return found if role.group == "matrix" else found.astype(x.dtype)
+        sent = x if role.float32 else x.astype(dtype)
+        found = jax.lax.all_gather(sent, "fsdp", axis=spec.index("fsdp"), tiled=True)
+        return found if role.rounded else found.astype(x.dtype)
 
     def gather_all(params):
         return jax.tree.map(gather, specs, roles, params)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from jaxgpt import UserError
 from jaxgpt.config import Parts
 from jaxgpt.models import ModelConfig, Params, Role, abstract_params, bind, init_params, roles
 from jaxgpt.optim import keeps_finite, learning_rate, make_optimizer
@@ -149,7 +150,7 @@ def rounded_matrices(parts: Parts, params: Params) -> Params | None:
         return None
 
     def rounded(role: Role, x):
-        return x.astype(model.dtype) if role.group == "matrix" and not role.float32 else None
+        return x.astype(model.dtype) if role.rounded else None
 
     return jax.tree.map(rounded, roles(model, params), params)
 
@@ -194,10 +195,14 @@ def begin_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> "Futu
 
 
 def loss_fn(model: ModelConfig, params: Params, tokens: Integer[Array, "B T1"], seed=None) -> Float[Array, ""]:
-    """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
+    """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]. UserError if it is no number."""
     tokens = tokens.astype(jnp.int32)
     inputs, targets = on_all_parts(tokens[:, :-1]), on_all_parts(tokens[:, 1:])
-    return bind(model, params).loss(inputs, targets, seed=seed)
+    loss = bind(model, params).loss(inputs, targets, seed=seed)
+    if not isinstance(loss, jax.Array) or loss.shape:
+        found = f"an array of shape {loss.shape}" if isinstance(loss, jax.Array) else f"a {type(loss).__name__}"
+        raise UserError(f"model={model.file.name}: loss returns {found}; return one number, the mean over all targets")
+    return loss
 
 
 def split_stacks(params_roles: Any, params: Params) -> Params:

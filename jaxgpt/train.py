@@ -293,6 +293,8 @@ def decide_resume(
         raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=auto")
     if not steps:
         check_empty(run)
+        config = config.copy_and_resolve_references()
+        config.init_from = "scratch" if how == "auto" else how  # what config.json says of the run
         return False, config, []
     if how == "scratch" and not config.eval_only:
         raise UserError(f"{run} already holds a run; go on with --config.init_from=auto, or choose another out_dir")
@@ -300,8 +302,11 @@ def decide_resume(
     if how not in ("scratch", "resume", "auto"):
         if config.eval_only:
             return False, config, []
-        if saved.init_from != how and saved.init_from not in ("resume", "auto"):
-            raise UserError(f"{run} holds a run that began with init_from={saved.init_from}; choose another out_dir")
+        if saved.init_from != how:
+            raise UserError(
+                f"{run} holds a run that began with init_from={saved.init_from}; go on with "
+                "--config.init_from=auto, or choose another out_dir"
+            )
     config, changes = resumed_config(config, given, saved)
     if steps[-1] > config.max_iters:
         raise UserError(f"the run in {run} is at step {steps[-1]} already; raise max_iters={config.max_iters}")
@@ -417,9 +422,11 @@ class StepLog:
                 self._reporter.record(step, {"skipped": bad})
                 if bad >= self._config.max_bad_steps and not finite:  # spikes end by themselves: see step.Spikes
                     self._reporter.event(step, "diverged", f"{bad} steps in a row were not finite")
+                    saved = Checkpoints(self._config.out_dir).steps()
                     raise UserError(
                         f"{bad} steps in a row up to {step} were dropped, their loss, gradient or update not finite; "
-                        f"the last good checkpoint is in {self._config.out_dir}: resume with a lower learning_rate",
+                        f"{f'resume from step {saved[-1]}, saved' if saved else 'nothing was saved: begin again'} in "
+                        f"{self._config.out_dir}, with a lower learning_rate",
                         status=guard.Exit.DIVERGED,
                     )
             elif step % self._config.log_interval == 0:

@@ -632,11 +632,11 @@ def test_an_optional_field_that_is_not_there_is_none_and_said(tmp_path, caplog):
     restored, _, step = Checkpoints(tmp_path).restore(wanted, optional=("average",))
     assert restored["average"] is None and step == 1
     assert_same_bits({k: restored[k] for k in state}, state)
-    assert caplog.messages == ["it has no average, which this run then begins anew; using checkpoint 1"]
+    assert caplog.messages == ["checkpoint 1 has no average, which begins at its parameters"]
     caplog.clear()
     save_all(tmp_path, {2: state | {"average": jnp.zeros(3)}})
     assert Checkpoints(tmp_path).restore(abstract(state) | {"average": None}, optional=("average",))[2] == 2
-    assert caplog.messages == ["it also holds average, which this run does not use; using checkpoint 2"]
+    assert caplog.messages == ["checkpoint 2 also holds average, which this run does not use"]
 
 
 def test_metrics_are_synced_before_a_checkpoint_commits(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_mistake_in_a_preset_is_one_line(tmp_path, body, message):
         ("configs/gpt3.py", "no preset file configs/gpt3.py; there are configs"),
         ("configs", "no preset file configs"),
         ("configs/gpt2.py:gpt2-huge", "gpt2 has no size 'gpt2-huge'; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
-        ("pyproject.toml", "pyproject.toml is not a Python file"),
+        ("pyproject.toml", "pyproject.toml: is no Python file"),
         ("jaxgpt/config.py", "get_config"),
     ],
 )
@@ -407,10 +407,10 @@ def test_the_runs_values_count_but_for_those_given():
     config, lines = resumed_config(preset_now, {"log_interval": 7}, saved)
     assert (config.learning_rate, config.warmup_iters, config.grad_clip, config.log_interval) == (3e-4, 50, 1.0, 7)
     assert sorted(lines) == [
-        "grad_clip stays 1.0, as in the run; the preset has 0.5",
-        "learning_rate stays 0.0003, as in the run; the preset has 0.001",
+        "grad_clip stays 1.0, as in the run; --config.grad_clip=0.5 is the preset's",
+        "learning_rate stays 0.0003, as in the run; --config.learning_rate=0.001 is the preset's",
         "log_interval 10 → 7",
-        "warmup_iters stays 50, as in the run; the preset has 100",
+        "warmup_iters stays 50, as in the run; --config.warmup_iters=100 is the preset's",
     ]
 
 

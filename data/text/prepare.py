@@ -18,7 +18,9 @@ def main(argv: Sequence[str], folder: Path = Path(__file__).parent) -> None:
     parser.add_argument("--val", nargs="+", default=[], help="the same for validation; by default a part of all")
     parser.add_argument("--val_fraction", type=float, default=0.01, help="that part")
     parser.add_argument("--field", default="text", help="the text's name in .jsonl and .parquet")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or the path of a tokenizer.json")
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="gpt2, or a tokenizer.json, or the folder of a run with one"
+    )
     parser.add_argument("--eot", help="the tokenizer's token that ends a document; by default the usual ones")
     args = vars(parser.parse(argv))
     source = sources.Files(*(args.pop(key) for key in ("inputs", "val", "field", "val_fraction")))

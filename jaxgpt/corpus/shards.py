@@ -91,7 +91,7 @@ def build(
     }
     content = None
     if tokenizer != name:
-        name, content = "tokenizer.json", local_path(tokenizer).read_bytes()
+        name, content = "tokenizer.json", tokenizer_file(tokenizer).read_bytes()
         settings |= {"tokenizer_sha256": hashlib.sha256(content).hexdigest(), "eot": bpe.eot}
     records, complete = recorded(out, source.name, settings)
     for note in source.notes:
@@ -146,15 +146,21 @@ def in_files(records: list[Record]) -> str:
     return f"{sum(r['tokens'] for r in records):,} tokens in {len(records)} file{'s' * (len(records) != 1)}"
 
 
+def tokenizer_file(name: str) -> Path:
+    """The tokenizer.json that `--tokenizer` names by its path or its folder."""
+    path = local_path(name)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def make_tokenizer(name: str, eot: str | None = None, fast: bool = False) -> Tokenizer:
-    """gpt2, or the tokenizer.json of that path. UserError if it has no end-of-text token and `eot` names none."""
+    """gpt2, or that tokenizer.json (`tokenizer_file`). UserError if none of its tokens ends a text, `eot` neither."""
     if name == "gpt2" and eot not in (None, ENDOFTEXT):
         raise UserError(f"--eot={eot} is for a tokenizer.json; with GPT-2's tokens documents end with {ENDOFTEXT}")
     if fast and name != "gpt2":
         raise UserError(f"--fast is for GPT-2's tokens, not for {name}; leave it out")
-    if name != "gpt2" and not local_path(name).is_file():
-        raise UserError(f"there is no tokenizer {name}; give gpt2, or the path of a tokenizer.json")
-    tokenizer = FastGPT2Tokenizer() if fast else gpt2() if name == "gpt2" else JsonTokenizer(local_path(name), eot)
+    if name != "gpt2" and not tokenizer_file(name).is_file():
+        raise UserError(f"there is no tokenizer {name}; give gpt2, or a tokenizer.json or a folder that has one")
+    tokenizer = FastGPT2Tokenizer() if fast else gpt2() if name == "gpt2" else JsonTokenizer(tokenizer_file(name), eot)
     if tokenizer.eot is None:
         raise UserError(f"{name} has no usual end-of-text token; name its token that ends a document with --eot")
     return tokenizer

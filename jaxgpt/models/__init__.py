@@ -79,7 +79,8 @@ class Role:
 
     pattern: its path in the parameters, `h/*/attn/c_attn/kernel`; `*` stands for one name.
     group: the optimizer's: matrix, embedding, head or vector. Vectors are replicated; `fsdp` splits all others. In
-        training a matrix reaches the module in the computation's dtype, in which gradients of several uses add up.
+        training and evaluation a matrix reaches the module in the computation's dtype, in which gradients of several
+        uses add up, all else in float32; in sampling all does but what stays in float32.
     tensor: the dimension that the mesh axis `tensor` splits; None: it is replicated there.
     decay: whether weight decay applies.
     float32: whether it stays in float32 where the model computes in bfloat16: a matrix with several uses, say.
@@ -97,6 +98,11 @@ class Role:
     product: bool = True
     stack: int | None = None
     whole: bool = True
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a module that is trained or evaluated gets it in the computation's dtype."""
+        return self.group == "matrix" and not self.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +274,7 @@ def _load(name: str, source: str) -> ModelFile:
     except BaseException as error:  # whatever the user's code raises, exits included
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise UserError(f"model={name}: {_where(error, name)}{type(error).__name__}: {_one_line(error)}") from None
+        raise UserError(f"model={name}: {line_of(error, name)}{type(error).__name__}: {_one_line(error)}") from None
     return _register(name, source, module)
 
 
@@ -284,12 +290,14 @@ def _register(name: str, source: str, module: ModuleType) -> ModelFile:
     (config,) = own
     if not dataclasses.is_dataclass(config) or "ROLES" not in vars(config):
         raise UserError(f"model={name}: {config.__name__} needs @dataclasses.dataclass(frozen=True) and a table ROLES")
+    if strays := [row for row in config.ROLES if not isinstance(row, Role)]:
+        raise UserError(f"model={name}: ROLES has a row {_one_line(strays[0])}; each is a Role(pattern, group, …)")
     if unknown := {role.group for role in config.ROLES} - {*GROUPS}:
         raise UserError(f"model={name}: ROLES has group {min(unknown)!r}; choose {', '.join(GROUPS)}")
     return _FILES.setdefault(config, ModelFile(name, source, config))
 
 
-def _where(error: BaseException, name: str) -> str:
+def line_of(error: BaseException, name: str) -> str:
     """`line 12: ` of the user's file, where the error came from there."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: "

@@ -369,12 +369,13 @@ class Checkpoints:
                 continue
             there, here = ({path.split(".")[0] for path in names} for names in (record["arrays"], wanted))
             missing, rest = sorted(here - there), sorted(there - here) if "opt_state" in here else []
+            notes = [f"{text}; using checkpoint {step}" for text in dict.fromkeys(problems)]
             if missing:
-                problems.append(f"it has no {', '.join(missing)}, which this run then begins anew")
+                notes.append(f"checkpoint {step} has no {', '.join(missing)}, which begins at its parameters")
             if rest:
-                problems.append(f"it also holds {', '.join(rest)}, which this run does not use")
-            for text in dict.fromkeys(problems) if self._first else ():
-                log.warning("%s; using checkpoint %d", text, step)
+                notes.append(f"checkpoint {step} also holds {', '.join(rest)}, which this run does not use")
+            for note in notes if self._first else ():
+                log.warning(note)
             self._saved = Saved(step, record["info"])
             state = _without(abstract_state, missing)
             leaves, treedef = _flat(state)

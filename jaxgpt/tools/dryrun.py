@@ -18,12 +18,14 @@ from jaxgpt.config import DataConfig, Parts, check_fp8, resolve
 from jaxgpt.data import corpus_folders
 from jaxgpt.keys import take
 from jaxgpt.metrics import peak_bytes, peak_flops
-from jaxgpt.models import abstract_params, count_params
+from jaxgpt.models import abstract_params, count_params, find_model, line_of
+from jaxgpt.optim import unfinished
 from jaxgpt.run.launchers import count_gpus
 from jaxgpt.sharding import AXES, configured_mesh, data_shards, make_mesh
 from jaxgpt.step import TrainState, abstract_state
 from jaxgpt.tokenizer import GPT2_VOCAB_SIZE
 from jaxgpt.tools import slices
+from jaxgpt.tools.consistency import check_consistency
 from jaxgpt.tools.estimate import step_bytes
 from jaxgpt.tools.memory import (
     Need,
@@ -54,12 +56,17 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
     if not isinstance(devices, str) and not 0 <= devices <= MOST_DEVICES:
         raise UserError(f"dry_run={str(devices)[:20]} is no number of devices, 1 to {MOST_DEVICES:,}")
     problems: list[str] = []
+    file = find_model(config.model)
 
     def attempt(f: Callable[[], Any]) -> Any:
         try:
             return f()
         except UserError as error:
             problems.append(str(error))
+        except Exception as error:  # of a user's file, when it is traced; the run itself has the whole traceback
+            if not (file.source and (line := line_of(error, file.name))):
+                raise
+            problems.append(f"model={file.name}: {line}{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     sizes = [config[f"mesh_{axis}"] for axis in AXES]
     name, count = (slices.parse(devices), 0) if isinstance(devices, str) else (None, devices)
@@ -105,6 +112,9 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
         if sound:
             print("\n".join([*lines, chosen[1]] if chosen else lines))
         problems += [str(lacking)] if lacking else []
+        found = attempt(lambda: check_consistency(parts.model)) if sound and file.source else []
+        for line in [*unfinished(parts.optimizer), *(found or [])] if sound else []:
+            print(line)
         if sound and absent:
             print(f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed")
     for problem in problems:
