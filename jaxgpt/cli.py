@@ -59,15 +59,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists the arguments")
 
+    def too_many(self, word: str) -> str:
+        """What to say of a word that is no flag and has no place."""
+        how = f"; did you mean --out_dir={word}?" if "--out_dir" in self._option_string_actions else ""
+        if self.unknown_key:
+            size = "a preset's size follows its name: configs/gpt2.py:gpt2-medium"
+            how = f"; {'keys are written --config.KEY=VALUE' if '=' in word else size}"
+        return f"{word} is one argument too many{how}"
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses argv whole: an unknown argument is an error that names the nearest known one."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
-                how = f"; did you mean --out_dir={name}?" if "--out_dir" in self._option_string_actions else ""
-                how = "; a preset's size follows its name: configs/gpt2.py:gpt2-medium" if self.unknown_key else how
-                raise UserError(f"{name} is one argument too many{how}")
+                raise UserError(self.too_many(unknown[0]))
             if f"--config.{name.lstrip('-')}" in self._option_string_actions:
                 raise UserError(f"unknown argument {name}; keys of the config are written --config.{name.lstrip('-')}")
             near = nearest(name, self._option_string_actions)

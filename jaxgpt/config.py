@@ -273,8 +273,11 @@ def load_preset(spec: str) -> ConfigDict:
         if isinstance(error, KeyboardInterrupt):
             raise
         text = " ".join(str(error).split()) if isinstance(error, Exception) else repr(error)
-        if not isinstance(error, UserError | SystemExit):
-            text = f"{line_of(error, str(file))}{type(error).__name__}: {text}".removesuffix(": ")
+        text = text or type(error).__name__
+        if not isinstance(error, UserError | SystemExit | ValueError | RuntimeError):  # what code raises to be read
+            text = f"{line_of(error, str(file))}{type(error).__name__}: {text}".removesuffix(
+                f": {type(error).__name__}"
+            )
         unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
         if unknown and unknown[1] not in default_config():
             text = unknown_key(unknown[1])
@@ -352,7 +355,7 @@ def parse_config(argv: Sequence[str], parser: Parser) -> Parsed:
             group.add_argument(f"--config.{name}", default=config[name], **how)
     args = parser.parse(argv)
     if args.preset and args.config:
-        raise UserError(f"unknown argument {args.preset}; keys are written --config.KEY=VALUE")
+        raise UserError(parser.too_many(args.preset))
     words = {word.partition("=")[0] for word in argv}
     given = {name: getattr(args, f"config.{name}") for name in config if f"--config.{name}" in words}
     if given.get("batch_size") == AUTO:

@@ -338,6 +338,27 @@ def test_figures_are_those_of_a_sound_config_alone(tiny_config, capsys):
     assert capsys.readouterr() == ("", "error: another mistake\n")
 
 
+def test_what_a_dry_run_says_of_ones_own_file(tiny_config, tmp_path, capsys):
+    """A mistake that shows while the step is traced, where loss and logits differ, and a run that ends too soon."""
+    source = (ROOT / "jaxgpt" / "models" / "gpt2.py").read_text()
+    cases = {
+        "wrong.py": ("        return x, y, cache\n\n\nclass MLP", "        return x, y\n\n\nclass MLP", 2),
+        "capped.py": ("targets.reshape(-1), vocab_size", "targets.reshape(-1), softcap=9.0, vocab_size", 0),
+    }
+    for name, (old, new, status) in cases.items():
+        assert source.count(old) == 1
+        (tmp_path / name).write_text(source.replace(old, new))
+        values = {key: value for key, value in tiny_config(max_iters=4).items() if key != "model"}
+        config = default_config(str(tmp_path / name))
+        config.update(values)
+        assert dry_run(config, 0) == status
+        out, err = capsys.readouterr()
+        if status:
+            assert re.fullmatch(r"error: model=.*wrong\.py: line \d+: ValueError: not enough values to unpack.*\n", err)
+        else:
+            assert "capped.py: `loss` gives" in out and "max_iters=4 ends this run at a learning rate of" in out
+
+
 def test_it_needs_no_corpus(tiny_config, tmp_path, monkeypatch, capsys):
     """Its tokens may be made later; a data_dir that the user names should be there (above)."""
     monkeypatch.chdir(tmp_path)

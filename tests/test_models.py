@@ -388,6 +388,13 @@ MLP_LINE = "        self.mlp = MLP(config, rngs=rngs)\n"
         ('"wte/embedding", "embedding", tensor=0', '"wte/embedding", "embedding", tensor=5', "has tensor=5"),
         ("(y.reshape(batch, -1, c.n_head, c.head_size) for y in qkv)", "(y[:, : 12 * n].reshape(batch, -1, n, 12) "
          "for y, n in zip(qkv, (4, 3, 3)))", "4 heads of queries cannot share 3 of keys"),
+        ("tensor=-1, stack=-2)", "tensor=-1, stack=3)", "stack=3, no dimension of h/0/attn/c_attn/kernel, which has 3"),
+        ("        return linear_cross_entropy(", "        return jnp.zeros(3) + linear_cross_entropy(",
+         r"mine.py: loss returns an array of shape \(3,\); return one number, the mean"),
+        ("        return linear_cross_entropy(x,", "        return 1.0, linear_cross_entropy(x,",
+         "loss returns a tuple; return one number"),
+        ('Role("ln_f/*", "vector", decay=False, float32=True)', '("ln_f/*", "vector")',
+         r"ROLES has a row .*; each is a Role\(pattern, group"),
         (MLP_LINE, MLP_LINE + "        self.gain = jnp.ones(3)\n", "Block.gain is an array and no parameter; make"),
         (MLP_LINE, MLP_LINE + "        self.gain = __import__('numpy').ones(3)\n", "Block.gain is an array and no"),
         (MLP_LINE, MLP_LINE + "        self.drop = nnx.Dropout(0.1, rngs=rngs)\n", "drop/rngs/.* is of nnx.s class"),
@@ -397,10 +404,10 @@ def test_an_authors_mistake_is_one_line(tmp_path, old, new, message):
     source = (Path(__file__).parents[1] / "jaxgpt" / "models" / "gpt2.py").read_text()
     assert source.count(old) == 1
     (tmp_path / "mine.py").write_text(source.replace(old, new))
-    config = default_config(str(tmp_path / "mine.py"))
-    config.update(n_layer=1, n_head=4, n_embd=48, block_size=16, batch_size=1, gradient_accumulation_steps=1)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with pytest.raises(UserError, match=message):
+        config = default_config(str(tmp_path / "mine.py"))
+        config.update(n_layer=1, n_head=4, n_embd=48, block_size=16, batch_size=1, gradient_accumulation_steps=1)
         parts = resolve(config, mesh, VOCAB)
         state = abstract_state(parts, mesh)
         make_train_step(parts, mesh).lower(state, jax.ShapeDtypeStruct((1, 1, 1, 17), np.uint16))

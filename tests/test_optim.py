@@ -193,6 +193,21 @@ def test_a_run_that_ends_before_its_rate_has_fallen_is_said(values, line):
     assert unfinished(config) == [f"max_iters=20 ends this run at a learning rate of {text}" for text in line]
 
 
+@pytest.mark.parametrize("made, found", [(None, "NoneType"), (optax.sgd(1.0), "GradientTrans"), ({"all": 3}, "a dict")])
+def test_an_optimizer_without_groups_is_said(monkeypatch, made, found):
+    monkeypatch.setitem(OPTIMIZERS, "mine", lambda config: made)
+    for use in (keeps_finite, lambda config: make_optimizer(config, {"w": Role("w", "matrix")})):
+        with pytest.raises(UserError, match=f"optimizer=mine returns {found}.*; return a dict of names and Groups"):
+            use(OptimizerConfig(optimizer="mine"))
+
+
+@pytest.mark.parametrize("rate", [None, np.ones(3)])
+def test_a_schedule_without_a_number_is_said(monkeypatch, rate):
+    monkeypatch.setitem(SCHEDULES, "mine", lambda config, step: rate)
+    with pytest.raises(UserError, match="lr_schedule=mine returns .*; return one number, the rate of a step"):
+        learning_rate(OptimizerConfig(lr_schedule="mine"), jnp.int32(0))
+
+
 def test_a_schedule_of_ones_own(monkeypatch):
     monkeypatch.setitem(SCHEDULES, "halves", lambda config, step: config.learning_rate * 0.5**step)
     config = OptimizerConfig(lr_schedule="halves", learning_rate=1.0, warmup_iters=0)

@@ -270,6 +270,25 @@ def test_prepare_by_name_from_anywhere(gpt2_files, tmp_path, monkeypatch, capsys
         prepare.main(["text", "own.txt", "--valid=x"])
 
 
+def test_a_text_in_the_characters_of_a_run(tmp_path, capsys):
+    """Its ids are that run's, so that it can be fine-tuned; what the run does not know is said, and nothing written."""
+    (tmp_path / "one.txt").write_text("the first text has these letters" * 9)
+    (tmp_path / "two.txt").write_text("it has less " * 9)
+    prepare.main(["shakespeare_char", f"--input={tmp_path}/one.txt", f"--out_dir={tmp_path}/one"])
+    how = [f"--tokenizer={tmp_path}/one", f"--out_dir={tmp_path}/two"]
+    prepare.main(["shakespeare_char", f"--input={tmp_path}/two.txt", *how])
+    one, two = read_meta(tmp_path / "one"), read_meta(tmp_path / "two")
+    assert one and two and one.identity == two.identity
+    assert decoded(tmp_path / "two", "train") == ("it has less " * 9)[: int(12 * 9 * 0.9)]
+    (tmp_path / "three.txt").write_text("zebra and quail " * 3)
+    how[1] = f"--out_dir={tmp_path}/three"
+    with pytest.raises(UserError, match="the vocabulary lacks 'bdnquz'"):
+        prepare.main(["shakespeare_char", f"--input={tmp_path}/three.txt", *how])
+    with pytest.raises(UserError, match="holds no meta.json; name a run or a corpus of characters"):
+        prepare.main(["shakespeare_char", f"--input={tmp_path}/one.txt", f"--tokenizer={tmp_path}", how[1]])
+    assert not list((tmp_path / "three").glob("*.bin"))
+
+
 # ---- A user's own text
 
 

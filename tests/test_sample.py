@@ -112,6 +112,14 @@ def test_json_lines_in_and_out(run, capsys, tmp_path):
     assert row["logprobs"] == pytest.approx(rows[0]["logprobs"][: len(made)], abs=2e-5)
 
 
+def test_json_lines_want_their_flag(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    with pytest.raises(UserError, match=r"in\.jsonl: line 1 is a JSON object; add --jsonl"):
+        sample.main([f"--out_dir={run}", f"--prompts={tmp_path}/in.jsonl"])
+    with pytest.raises(UserError, match="out-x is one argument too many; did you mean --out_dir=out-x?"):
+        sample.main(["out-x"])
+
+
 def test_interactive(run, capsys, monkeypatch):
     """Each prompt is answered as --start would be; a mistake or Ctrl-C does not end the program, Ctrl-D does."""
     lines = iter(["hello", "Hé", KeyboardInterrupt(), "", "bye"])

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import UserError, sharding
 from jaxgpt.config import GPT2_SIZES, default_config, resolve
-from jaxgpt.models import abstract_params, role_of, roles
+from jaxgpt.models import Role, abstract_params, role_of, roles
 from jaxgpt.models.gpt2 import GPTConfig
 from jaxgpt.ops.cross_entropy import sampled_cross_entropy
 from jaxgpt.ops.paths import watch
@@ -33,6 +33,7 @@ from jaxgpt.sharding import (
     partition_spec,
     path_name,
     split_heads,
+    with_whole_params,
 )
 from jaxgpt.step import abstract_state, create_state, make_eval_step, make_train_step
 from jaxgpt.tools.dryrun import collectives
@@ -139,6 +140,29 @@ def test_data_parallel_reduces_gradients_once_a_step(run):
     n_params = sum(x.size for x in jax.tree.leaves(here.abstract.params))
     assert set(here.collectives) == {"all-reduce"}
     assert here.collectives["all-reduce"][1] == 4 * (n_params + 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_module_gets_what_its_roles_say(parts):
+    """Matrices in the computation's dtype, and what stays in float32 in that, to the bit, however it travels."""
+    kinds = {"matrix": "matrix", "wide": "matrix", "table": "embedding", "exact": "embedding", "gain": "vector"}
+    by_role = {name: Role(name, group, float32=name in ("wide", "exact")) for name, group in kinds.items()}
+    params = {name: jax.random.normal(jax.random.key(i), (4, 3)) for i, name in enumerate(kinds)}
+    mesh = make_mesh(1, parts, 1, devices=jax.devices()[:parts])
+    given = with_whole_params(lambda params, rows: params, by_role, mesh, "bfloat16", P(BATCH_AXES), P())
+    found = jax.jit(given)(params, jnp.zeros(2))
+    assert [name for name, x in found.items() if x.dtype == "bfloat16"] == ["matrix"]
+    assert {x.dtype.name for name, x in found.items() if name != "matrix"} == {"float32"}
+    same = [name for name in kinds if np.array_equal(found[name].astype("float32"), params[name])]
+    assert same == (["wide", "table", "exact", "gain"] if parts == 1 else ["wide", "exact", "gain"])
+
+
+def test_what_cannot_be_split_is_said():
+    mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    with pytest.raises(
+        UserError, match=r"gain of shape \(\) has no dimension for mesh_fsdp to split; give it the group"
+    ):
+        partition_spec("gain", (), Role("gain", "matrix"), mesh)
 
 
 def test_fsdp_gathers_parameters_and_scatters_gradients_once_a_step(run):

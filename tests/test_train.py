@@ -265,8 +265,19 @@ def test_eval_only_writes_nothing(finished, arguments, tmp_path, monkeypatch, ca
     assert contents(tmp_path) == before
 
 
+def test_a_run_keeps_where_it_began(arguments, tmp_path):
+    out = tmp_path / "run"
+    for values in ({"init_from": "auto", "max_iters": 4}, {"init_from": "auto"}):
+        main(arguments(out, **values))
+        assert json.loads((out / "config.json").read_text())["init_from"] == "scratch"
+    for other in ("gpt2", "no such thing", str(tmp_path)):
+        with pytest.raises(UserError, match="began with init_from=scratch; go on with --config.init_from=auto"):
+            main(arguments(out, init_from=other))
+
+
 def test_a_run_that_diverges_ends_and_says_so(arguments, tmp_path, capsys):
-    with pytest.raises(UserError, match="3 steps in a row up to .* lower learning_rate") as error:
+    begin_again = "3 steps in a row up to .*; nothing was saved: begin again in .*run, with a lower learning_rate"
+    with pytest.raises(UserError, match=begin_again) as error:
         main(arguments(tmp_path / "run", learning_rate=1e38, warmup_iters=0, max_bad_steps=3, max_iters=30))
     assert error.value.status == 77
     dropped = [row for row in rows(tmp_path / "run") if "skipped" in row]
@@ -484,7 +495,7 @@ MISTAKES = {
     "metrics that are a device": (lambda m: m.linked("metrics.jsonl", "/dev/zero"), "metrics.jsonl is a device; move"),
     "a model of nobody's": (lambda m: m.run(model="~nobody-there/x.py"), "there is no home folder that ~ could mean"),
     "out_dir that is no text": (lambda m: m.run(out_dir="\udcff"), "out_dir='\\udcff' names no folder"),
-    "a preset that asserts": (lambda m: m.preset("assert c.n_layer == 1"), "preset.py: AssertionError"),
+    "a preset that asserts": (lambda m: m.preset("assert c.n_layer == 1"), "preset.py: line 4: AssertionError"),
     "a preset that raises": (lambda m: m.preset("raise RuntimeError('no such size')"), "preset.py: no such size"),
     "config.json nested deep": (lambda m: m.spoiled("config.json", "[" * 10**5), "config.json is damaged"),
     "a billion layers": (lambda m: m.run(n_layer=10**9), "n_layer=1000000000 must be below 1001"),

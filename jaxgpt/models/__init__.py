@@ -291,7 +291,7 @@ def _register(name: str, source: str, module: ModuleType) -> ModelFile:
     if not dataclasses.is_dataclass(config) or "ROLES" not in vars(config):
         raise UserError(f"model={name}: {config.__name__} needs @dataclasses.dataclass(frozen=True) and a table ROLES")
     if strays := [row for row in config.ROLES if not isinstance(row, Role)]:
-        raise UserError(f"model={name}: ROLES has a row {_one_line(strays[0])}; each is a Role(pattern, group, …)")
+        raise UserError(f"model={name}: ROLES has a row {strays[0]!r:.60}; each is a Role(pattern, group, …)")
     if unknown := {role.group for role in config.ROLES} - {*GROUPS}:
         raise UserError(f"model={name}: ROLES has group {min(unknown)!r}; choose {', '.join(GROUPS)}")
     return _FILES.setdefault(config, ModelFile(name, source, config))
