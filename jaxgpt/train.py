@@ -293,8 +293,9 @@ def decide_resume(
         raise UserError(f"nothing to resume: {run} holds no checkpoint; check out_dir, or use init_from=auto")
     if not steps:
         check_empty(run)
-        config = config.copy_and_resolve_references()
-        config.init_from = "scratch" if how == "auto" else how  # what config.json says of the run
+        if how == "auto":  # config.json says what a run began from
+            config = config.copy_and_resolve_references()
+            config.init_from = "scratch"
         return False, config, []
     if how == "scratch" and not config.eval_only:
         raise UserError(f"{run} already holds a run; go on with --config.init_from=auto, or choose another out_dir")

@@ -215,7 +215,7 @@ def test_fast(jsonl, expected, tmp_path, workers):
     assert tokens_of(tmp_path / "odd", "val") + tokens_of(tmp_path / "odd", "train") == plain_loop(odd)
     with pytest.raises(UserError, match="--eot=</s> is for a tokenizer.json"):
         build(Files([str(jsonl)]), tmp_path / "other", eot="</s>")
-    with pytest.raises(UserError, match="there is no tokenizer gpt3; give gpt2, or the path"):
+    with pytest.raises(UserError, match="there is no tokenizer gpt3; give gpt2, or a tokenizer.json or a folder"):
         build(Files([str(jsonl)]), tmp_path / "other", tokenizer="gpt3")
     with pytest.raises(UserError, match="--fast is for GPT-2's tokens"):
         build(Files([str(jsonl)]), tmp_path / "other", tokenizer="t.json", fast=True)
@@ -228,9 +228,9 @@ def test_other_tokenizers(jsonl, tmp_path):
     bpe = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     bpe.save(str(tmp_path / "words.json"))
-    for workers in (1, 2):
-        out = tmp_path / f"out{workers}"
-        build(Files([str(jsonl)], val_fraction=0.1), out, tokenizer=str(tmp_path / "words.json"), workers=workers)
+    for workers, named in ((1, "words.json"), (2, "words.json"), (1, "out2-words.json")):  # the last by its folder
+        out = tmp_path / f"out{workers}-{named}"
+        build(Files([str(jsonl)], val_fraction=0.1), out, tokenizer=str(tmp_path / named), workers=workers)
         meta = read_meta(out)
         assert meta and (meta.dtype, meta.tokenizer, meta.eot) == ("uint32", "tokenizer.json", 0)
         read = Corpus.open(out, "train", block_size=8, vocab_size=meta.vocab_size)
