@@ -32,8 +32,7 @@ def changed(folder: Path, *changes: tuple[str, str]) -> str:
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("gpt2", {"dropout": 0.2, "bias": True}),
-        ("gpt2", {"remat": "block"}),
+        ("gpt2", {"dropout": 0.2, "bias": True, "remat": "block"}),
         ("gpt2", {"block_size": 3}),
         ("modern", {"value_embeds": 1}),
         ("tests/models/stranger.py", {}),

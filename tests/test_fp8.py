@@ -275,14 +275,14 @@ def test_a_bad_weight_reaches_the_loss_or_the_gradient(kernel, value):
 def test_a_bad_activation_or_gradient_stays_bad(kernel, value, which):
     """A NaN in any row; an infinity in the sampled ones (here every second) in all that its product gives."""
     inputs = mlp_inputs(2048)
-    for row in (1, 2):
+    for row in (1, 2) if np.isnan(value) else (2,):
         spoilt = list(inputs)
         spoilt[which] = inputs[which].at[row, 5].set(value)
         y, dx, *gradients = value_and_gradients(MLP[kernel], *spoilt)
         if np.isnan(value):
             assert np.isnan((y, dx)[which == 4][row]).any()
             assert all(np.isnan(g).any() for g in (gradients if which == 0 else gradients[2:]))
-        elif row == 2:
+        else:
             assert not np.isfinite((y, dx)[which == 4]).any()
 
 
