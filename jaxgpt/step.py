@@ -140,19 +140,23 @@ def init_state(parts: Parts, mesh: Mesh, params: Params | None = None) -> TrainS
     )
 
 
+def carries_rounded(parts: Parts) -> bool:
+    """Whether the state carries matrices rounded (`rounded_matrices`)."""
+    return parts.model.dtype != "float32" and parts.devices.matmul_dtype != "fp8"
+
+
 def rounded_matrices(parts: Parts, params: Params) -> Params | None:
     """Matrices in the computation's dtype, None in place of all else; None for a computation in float32 or FP8.
 
     A step that rounds them while it updates them reads 4 bytes of each element less.
     """
-    model = parts.model
-    if model.dtype == "float32" or parts.devices.matmul_dtype == "fp8":
+    if not carries_rounded(parts):
         return None
 
     def rounded(role: Role, x):
-        return x.astype(model.dtype) if role.rounded else None
+        return x.astype(parts.model.dtype) if role.rounded else None
 
-    return jax.tree.map(rounded, roles(model, params), params)
+    return jax.tree.map(rounded, roles(parts.model, params), params)
 
 
 @lru_cache(maxsize=8)  # a start asks for it three times

@@ -1,5 +1,6 @@
 """What a dry run counts and says: collectives of a compiled program, memory, all problems at once."""
 
+import dataclasses
 import os
 import re
 import runpy
@@ -79,6 +80,20 @@ def test_the_memory_of_a_step_is_close_to_what_xla_says(size, rows, by_xla):
     n_params = 12 * layers * width**2 + (50304 + 1024) * width
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     assert step_bytes(resolve(config, mesh, 50257), mesh, n_params) / 2**20 == pytest.approx(by_xla, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "dtype, matmul_dtype, times", [("bfloat16", "auto", 1), ("bfloat16", "fp8", 0), ("float32", "auto", 0)]
+)
+def test_the_estimate_counts_what_a_state_carries_over_fsdp(tiny_config, dtype, matmul_dtype, times):
+    """A device's half of the rounded parameters, beside the whole ones that it has fetched."""
+    found, n = [], 10**6
+    for fsdp in (1, 2):
+        mesh = make_mesh(1, fsdp, 1, devices=jax.devices()[:fsdp])
+        parts = resolve(tiny_config(dtype=dtype, gradient_accumulation_steps=fsdp), mesh, 27)
+        devices = dataclasses.replace(parts.devices, matmul_dtype=matmul_dtype)
+        found.append(step_bytes(parts._replace(devices=devices), mesh, n))
+    assert found[1] - found[0] == times * 2 * n / 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxgpt.config import Parts
 from jaxgpt.sharding import data_shards
+from jaxgpt.step import carries_rounded
 
 
 def step_bytes(parts: Parts, mesh: Mesh | AbstractMesh, n_params: int) -> float:
@@ -22,5 +23,6 @@ def step_bytes(parts: Parts, mesh: Mesh | AbstractMesh, n_params: int) -> float:
     kept = c.n_layer * block if c.remat == "none" else 2 * c.n_layer * c.n_embd + block
     activations = parts.data.batch_size * c.block_size * size * (kept + c.padded_vocab_size / tensor)
     sums = 4 if parts.data.gradient_accumulation_steps > data_shards(mesh) else 0
-    carried = size / mesh.shape["fsdp"] if mesh.shape["fsdp"] > 1 and size < 4 and c.matmul_dtype != "fp8" else 0
+    fsdp = mesh.shape["fsdp"]
+    carried = size / fsdp if fsdp > 1 and carries_rounded(parts) else 0
     return activations + (size + carried + sums) * n_params / tensor
