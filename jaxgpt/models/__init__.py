@@ -274,7 +274,7 @@ def _load(name: str, source: str) -> ModelFile:
     except BaseException as error:  # whatever the user's code raises, exits included
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise UserError(f"model={name}: {line_of(error, name)}{type(error).__name__}: {_one_line(error)}") from None
+        raise UserError(f"model={name}: {describe_slip(error, name)}") from None
     return _register(name, source, module)
 
 
@@ -297,6 +297,12 @@ def _register(name: str, source: str, module: ModuleType) -> ModelFile:
     return _FILES.setdefault(config, ModelFile(name, source, config))
 
 
+def describe_slip(error: BaseException, name: str) -> str:
+    """`line 12: NameError: name 'x' is not defined`, of an error that a user's file made."""
+    text = " ".join(str(error).split())
+    return f"{line_of(error, name)}{type(error).__name__}{f': {text}' if text else ''}"
+
+
 def line_of(error: BaseException, name: str) -> str:
     """`line 12: ` of the user's file, where the error came from there."""
     if isinstance(error, SyntaxError):
@@ -306,10 +312,6 @@ def line_of(error: BaseException, name: str) -> str:
         line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == name else line
         trace = trace.tb_next
     return f"line {line}: " if line else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 # --- parameters ---

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt import UserError
 from jaxgpt.models import ModelConfig, Params, Role, abstract_params, bind, count_params, init_params, roles
+from jaxgpt.scoring.scorer import score_tokens
 
 CACHED, FOLLOWING = 6, 3  # tokens that enter the cache at once, and that follow one by one
 MOST_PARAMS = 200_000_000  # of a model that is computed with: some seconds on a CPU
@@ -36,8 +37,7 @@ def check_consistency(model: ModelConfig) -> list[str]:
         for i in range(first, size):
             x, cache = module.hidden(inputs[:, i : i + 1], cache=cache)
             cached.append(module.logits(x).reshape(1, -1))
-        right = jnp.take_along_axis(logits, targets[0, :, None], axis=1)[:, 0]
-        expected = jnp.mean(jax.nn.logsumexp(logits, axis=1) - right)
+        expected = score_tokens(model, params, tokens)[0].mean()
         away = jnp.abs(jnp.concatenate(cached) - logits).max()
         return module.loss(inputs, targets), expected, away, jnp.abs(logits).max()
 

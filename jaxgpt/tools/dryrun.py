@@ -18,7 +18,7 @@ from jaxgpt.config import DataConfig, Parts, check_fp8, resolve
 from jaxgpt.data import corpus_folders
 from jaxgpt.keys import take
 from jaxgpt.metrics import peak_bytes, peak_flops
-from jaxgpt.models import abstract_params, count_params, find_model, line_of
+from jaxgpt.models import abstract_params, count_params, describe_slip, find_model, line_of
 from jaxgpt.optim import unfinished
 from jaxgpt.run.launchers import count_gpus
 from jaxgpt.sharding import AXES, configured_mesh, data_shards, make_mesh
@@ -64,9 +64,9 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
         except UserError as error:
             problems.append(str(error))
         except Exception as error:  # of a user's file, when it is traced; the run itself has the whole traceback
-            if not (file.source and (line := line_of(error, file.name))):
+            if not (file.source and line_of(error, file.name)):
                 raise
-            problems.append(f"model={file.name}: {line}{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            problems.append(f"model={file.name}: {describe_slip(error, file.name):.400}")
 
     sizes = [config[f"mesh_{axis}"] for axis in AXES]
     name, count = (slices.parse(devices), 0) if isinstance(devices, str) else (None, devices)
@@ -109,14 +109,13 @@ def dry_run(config: ConfigDict, devices: int | str, checks: Sequence[Callable] =
     sound = not problems  # else these figures would be another run's
     if reported := state and attempt(lambda: report(parts, mesh, state, described, name, limit)):
         lines, lacking = reported
-        if sound:
-            print("\n".join([*lines, chosen[1]] if chosen else lines))
         problems += [str(lacking)] if lacking else []
-        found = attempt(lambda: check_consistency(parts.model)) if sound and file.source else []
-        for line in [*unfinished(parts.optimizer), *(found or [])] if sound else []:
-            print(line)
-        if sound and absent:
-            print(f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed")
+        if sound:
+            lines += [chosen[1]] if chosen else []
+            lines += unfinished(parts.optimizer)
+            lines += attempt(lambda: check_consistency(parts.model)) or [] if file.source else []
+            lines += [f"{absent[0]} holds no tokens yet: a vocabulary of {vocab_size:,} is assumed"] if absent else []
+            print("\n".join(lines))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0
