@@ -64,7 +64,7 @@ def _start_cuda() -> None:
 
 def _end_by_line(kind: Any, error: Any, trace: Any) -> None:
     if problem := user_error(error):
-        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(problem)}", file=sys.stderr, flush=True)
         os._exit(problem.status)
     sys.__excepthook__(kind, error, trace)
 
@@ -105,9 +105,14 @@ PATHS = (
 )
 
 
+def one_line(error: BaseException) -> str:
+    """What it says, for a message of one line."""
+    return " ".join(str(error).split())
+
+
 def user_error(error: BaseException) -> UserError | None:
     """What a user can do about an exception that is no UserError itself but comes from the machine; None: a bug."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno in FULL:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from jaxgpt import UserError, console, die_by_interrupt, user_error
+from jaxgpt import UserError, console, die_by_interrupt, one_line, user_error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -109,7 +109,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if (problem := user_error(error)) is None:
             traceback.print_exc()
         else:
-            console.complain(f"error: {' '.join(str(problem).split())}")
+            console.complain(f"error: {one_line(problem)}")
         status = 1 if problem is None else problem.status
     if alone:
         die_by_interrupt()

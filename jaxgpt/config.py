@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxgpt import PATHS, UserError, atomic_write, check_ordinary, from_json, local_path, shipped
+from jaxgpt import PATHS, UserError, atomic_write, check_ordinary, from_json, local_path, one_line, shipped
 from jaxgpt.cli import Parser, boolean, integer, nearest
 from jaxgpt.cli import run_main as run_main  # its first home, which scripts outside of this repository import it from
 from jaxgpt.keys import check, key, keys, take
@@ -273,7 +273,7 @@ def load_preset(spec: str) -> ConfigDict:
         if isinstance(error, KeyboardInterrupt):
             raise
         if isinstance(error, UserError | ValueError | RuntimeError) and str(error):  # what code raises to be read
-            text = " ".join(str(error).split())
+            text = one_line(error)
         else:
             text = describe_slip(error, str(file)) if isinstance(error, Exception) else repr(error)
         unknown = re.search(r"(?:[Kk]ey[: ]+|instead of )[\"'](\w+)", text)  # as ml_collections words it
@@ -419,7 +419,7 @@ def read_saved(folder: AnyPath) -> dict[str, Any]:
             raise
         if isinstance(e, OSError) and e.errno in PATHS:  # sound, for all that is known
             raise UserError(f"{path} cannot be read: {e.strerror}; mend its permissions, or check out_dir") from None
-        raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); restore it or start another run") from None
+        raise UserError(f"{path} is damaged ({one_line(e)}); restore it or start another run") from None
 
 
 def read_config(folder: AnyPath, *, model: str = "", model_changed: bool = False) -> ConfigDict:
@@ -447,7 +447,7 @@ def read_config(folder: AnyPath, *, model: str = "", model_changed: bool = False
     try:
         config.update({k: v for k, v in saved.items() if k in config and k not in ("model", "model_changed")})
     except (ValueError, TypeError, AttributeError) as e:
-        path, why = folder / "config.json", " ".join(str(e).split())
+        path, why = folder / "config.json", one_line(e)
         raise UserError(f"{path} is damaged ({why}); restore it or start another run") from None
     validate(config)
     return config

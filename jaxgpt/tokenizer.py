@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 from jaxtyping import Int, UInt
 
-from jaxgpt import UserError, atomic_write, check_ordinary, from_json, optional, store
+from jaxgpt import UserError, atomic_write, check_ordinary, from_json, one_line, optional, store
 from jaxgpt.store import AnyPath, StorePath
 
 ENDOFTEXT = "<|endoftext|>"
@@ -387,7 +387,7 @@ def _library_error(error: BaseException) -> str:
     """The message of an error of `tokenizers`, which raises bare Exceptions, and Rust's panics as BaseExceptions."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
         raise error
-    return " ".join(str(error).split())[:200]
+    return one_line(error)[:200]
 
 
 class Stream:

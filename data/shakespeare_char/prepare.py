@@ -54,7 +54,7 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
         parser.add_argument("--tokenizer", type=store.folder, metavar="FOLDER", help=about)
     args = parser.parse(argv)
     # before anything else: it may be missing
-    known = gpt2() if tokenizer_name == "gpt2" else args.tokenizer and characters_of(args.tokenizer)
+    known = gpt2() if tokenizer_name == "gpt2" else args.tokenizer and tokenizer_of(args.tokenizer)
 
     kept = args.out_dir / "input.txt"
     path = args.input or kept
@@ -85,7 +85,7 @@ def prepare(argv: Sequence[str], tokenizer_name: str, folder: Path) -> None:
     print(f"{args.out_dir}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin")
 
 
-def characters_of(folder: AnyPath) -> Tokenizer:
+def tokenizer_of(folder: AnyPath) -> Tokenizer:
     """The tokenizer of a run or a corpus of characters. Raises UserError if it is none."""
     meta = read_meta(folder)
     if meta is None or meta.tokenizer != "char":

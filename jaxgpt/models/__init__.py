@@ -64,7 +64,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxgpt import UserError, check_ordinary, local_path
+from jaxgpt import UserError, check_ordinary, local_path, one_line
 from jaxgpt.keys import key
 from jaxgpt.sharding import path_name
 
@@ -299,7 +299,7 @@ def _register(name: str, source: str, module: ModuleType) -> ModelFile:
 
 def describe_slip(error: BaseException, name: str) -> str:
     """`line 12: NameError: name 'x' is not defined`, of an error that a user's file made."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return f"{line_of(error, name)}{type(error).__name__}{f': {text}' if text else ''}"
 
 
